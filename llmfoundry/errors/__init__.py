@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from llmfoundry.errors.base import (
+    EVAL_DATALOADER,
+    INTERNAL_ERROR,
+    NETWORK_ERROR,
+    TRAIN_DATALOADER,
+    USER_ERROR,
     BaseContextualError,
     ConfigError,
     ConfigProblem,
     DataError,
-    EVAL_DATALOADER,
-    INTERNAL_ERROR,
     InternalError,
-    NETWORK_ERROR,
     NetworkError,
-    TRAIN_DATALOADER,
-    USER_ERROR,
     UserError,
 )
 from llmfoundry.errors.datasets_and_files import (
