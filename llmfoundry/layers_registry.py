@@ -56,7 +56,7 @@ ffns_with_norm = TypedRegistry(
     ('llmfoundry', 'ffns_with_norm'),
     generic_type='Callable[..., torch.nn.Module]',
     description='Feed-forward blocks that contain the norm before them, so that the block builds no norm_2.',
-    builtins={'te_ln_mlp': '.models.layers.ffn:build_te_ln_mlp'},
+    builtins={'te_ln_mlp': '.models.layers.ffn_external:build_te_ln_mlp'},
     requires={'te_ln_mlp': 'transformer_engine'},
 )
 
@@ -64,7 +64,7 @@ ffns_with_megablocks = TypedRegistry(
     ('llmfoundry', 'ffns_with_megablocks'),
     generic_type='Callable[..., torch.nn.Module]',
     description='Mixture-of-experts feed-forward blocks of the megablocks library.',
-    builtins={'mb_moe': '.models.layers.ffn:build_mb_moe', 'mb_dmoe': '.models.layers.ffn:build_mb_dmoe'},
+    builtins={'mb_moe': '.models.layers.ffn_external:build_mb_moe', 'mb_dmoe': '.models.layers.ffn_external:build_mb_dmoe'},
     requires={'mb_moe': 'megablocks', 'mb_dmoe': 'megablocks'},
 )
 
