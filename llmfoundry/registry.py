@@ -104,6 +104,7 @@ loggers = create_registry(
         'inmemory': 'composer.loggers:InMemoryLogger',
         'in_memory_logger': 'composer.loggers:InMemoryLogger',
         'mlflow': 'composer.loggers:MLFlowLogger',
+        'jsonl': 'llmfoundry.loggers.jsonl_logger:JSONLLogger',
         'mosaicml': 'llmfoundry.loggers.platform:MosaicMLPlatformLogger',
     },
 )
