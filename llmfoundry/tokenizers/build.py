@@ -112,8 +112,8 @@ def _shipped_folder(tokenizer_name: str) -> str:
 def _construct_registered(name: str, kwargs: dict[str, Any]) -> Any:
     try:
         return construct_from_registry(name, tokenizers, partial_function=False, kwargs=kwargs)
-    except OSError as e:
-        raise _problem('tokenizer.name', f'{name!r} could not be built: {e}') from e
+    except (OSError, ValueError) as e:
+        raise _problem('tokenizer', f'{name!r} could not be built: {e}') from e
 
 
 def _load_pretrained(name: str, folder_or_hub_name: str, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
