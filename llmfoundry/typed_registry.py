@@ -97,6 +97,10 @@ class TypedRegistry(Generic[T]):
         """All names, sorted, without importing any target."""
         return sorted({n for n in self._entries if self._is_available(n)} | set(self.get_entry_points_raw()))
 
+    def all_names(self) -> list[str]:
+        """All names, sorted, with built-ins whose package is not installed here: a config may be checked on another machine than it runs on."""
+        return sorted({*self._entries, *self.get_entry_points_raw()})
+
     def target(self, name: str) -> Any:
         """What is stored under ``name``: a target string that has not been imported, or the object itself."""
         if name in self._entries and self._is_available(name):

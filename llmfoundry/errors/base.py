@@ -20,7 +20,7 @@ class ConfigProblem:
     """One thing that is wrong with a config.
 
     ``path`` is the dotted key (``train_loader.dataset.shufle``), ``message`` holds value seen, rule and remedy, ``line`` is the line of the YAML
-    file, None when the key came from the command line.
+    file ``source``; a key from the command line has no line and the source 'command line'.
     """
 
     path: str
@@ -29,7 +29,7 @@ class ConfigProblem:
     source: str | None = None
 
     def __str__(self) -> str:
-        where = f' ({self.source}:{self.line})' if self.line is not None and self.source else ''
+        where = '' if self.source is None else f' ({self.source})' if self.line is None else f' ({self.source}:{self.line})'
         return f'{self.path}{where}: {self.message}'
 
 
