@@ -16,6 +16,7 @@ from llmfoundry.errors.base import (
     NetworkError,
     UserError,
 )
+from llmfoundry.errors.checkpoints import CheckpointError, ParityError, UnsafeCheckpointError
 from llmfoundry.errors.datasets_and_files import (
     CannotUnicodeDecodeFile,
     DatasetTooSmallError,
@@ -76,6 +77,7 @@ __all__ = [
     'BaseContextualError',
     'CannotUnicodeDecodeFile',
     'ChatTemplateError',
+    'CheckpointError',
     'ClusterDoesNotExistError',
     'ClusterInvalidAccessMode',
     'ConfigError',
@@ -117,6 +119,7 @@ __all__ = [
     'NotEnoughChatDataError',
     'NotEnoughDatasetSamplesError',
     'OutputFolderNotEmptyError',
+    'ParityError',
     'RunTimeoutError',
     'StoragePermissionError',
     'TRAIN_DATALOADER',
@@ -125,5 +128,6 @@ __all__ = [
     'USER_ERROR',
     'UnableToProcessPromptResponseError',
     'UnknownExampleTypeError',
+    'UnsafeCheckpointError',
     'UserError',
 ]

@@ -1,0 +1,161 @@
+"""From a Composer checkpoint to a Hugging Face folder: config, safetensors, tokenizer, generation settings, and for MPT the model's code.
+
+The script and the callback both end in ``write_folder``, so there is one way to export. A folder appears under its name only after it was written in full
+and passed the parity gate. The price is reading the model three times (write, reference, probe); ``check_parity=False`` saves two.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Mapping
+
+import torch
+
+from llmfoundry.checkpoint.hf_folder import (
+    appears_whole,
+    load_tokenizer,
+    write_config,
+    write_generation_config,
+    write_model_card,
+    write_tokenizer_files,
+)
+from llmfoundry.checkpoint.hub_export import portable_config, unportable_layers, write_model_code
+from llmfoundry.checkpoint.parity import ParityReport, Reference, check_parity, compute_logits, probe_batch
+from llmfoundry.checkpoint.reader import Checkpoint, LazyTensor, open_checkpoint
+from llmfoundry.checkpoint.trained_model import build_config, build_shell, check_weights, fill, is_mpt
+from llmfoundry.checkpoint.weights import DTYPES, drop_tied, parse_size, write_safetensors
+from llmfoundry.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ['ExportOptions', 'convert_checkpoint', 'export_checkpoint', 'write_folder']
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export.
+
+    Attributes:
+        precision: fp32, fp16 or bf16 (or torch's names), of the floating-point weights.
+        max_shard_size: largest file of weights.
+        trust_remote_code: whether code that an architecture or tokenizer has on the Hub may run. Our own MPT code needs no permission.
+        check_parity: compare the written folder with the trained model, see ``parity``.
+        allowed_classes: classes beyond Composer's own that the checkpoint may hold.
+    """
+
+    precision: str = 'fp32'
+    max_shard_size: str | int = '5GB'
+    trust_remote_code: bool = False
+    check_parity: bool = True
+    allowed_classes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.precision not in DTYPES:
+            raise ValueError(f'output precision {self.precision!r} is unknown; choose one of {sorted(DTYPES)}')
+        parse_size(self.max_shard_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+
+def convert_checkpoint(composer_path: str, output: str | Path, options: ExportOptions | None = None, local_copy: str | None = None) -> ParityReport | None:
+    """Converts the checkpoint at ``composer_path`` into the new folder ``output``.
+
+    Args:
+        composer_path: local file, folder of shards, or URI.
+        output: local folder that does not exist.
+        local_copy: where to keep a downloaded checkpoint.
+
+    Returns:
+        The figures of the parity gate, or None if it was off.
+
+    Raises:
+        FileExistsError: ``output`` exists.
+        RuntimeError: not a Composer checkpoint, or without Hugging Face metadata; its subclasses CheckpointError, UnsafeCheckpointError and ParityError.
+    """
+    options = options or ExportOptions()
+    output = Path(output)
+    if output.exists():
+        raise FileExistsError(f'The output folder {str(output)!r} exists already. Choose another name or remove it first.')
+    with open_checkpoint(composer_path, local_copy, options.allowed_classes) as checkpoint:
+        return export_checkpoint(checkpoint, output, options)
+
+
+def export_checkpoint(checkpoint: Checkpoint, output: Path, options: ExportOptions, tokenizer: PreTrainedTokenizerBase | None = None) -> ParityReport | None:
+    """Writes an open checkpoint into ``output``, all or nothing; ``tokenizer`` replaces the files that the checkpoint carries."""
+    if checkpoint.peft_config is not None:
+        raise CheckpointError(f'{checkpoint.source!r} holds a LoRA adapter, which has no weights of its own model; export it with the hf_checkpointer callback, which writes adapter folders')
+    mpt = is_mpt(checkpoint)
+    config = build_config(checkpoint, options.trust_remote_code)
+    shell = build_shell(checkpoint, config, options.trust_remote_code)
+    check_weights(shell, checkpoint.weights, checkpoint.source)
+    weights = drop_tied(shell, checkpoint.weights)
+    for layer in unportable_layers(checkpoint.config) if mpt else ():
+        log.warning(f'{layer} comes from a plug-in; the exported folder loads only where that plug-in registers it')
+    with appears_whole(output) as folder:
+        exported_config = portable_config(checkpoint.config) if mpt else {'architectures': [checkpoint.class_name], **checkpoint.config}
+        found = _write_tokenizer(folder, checkpoint, options, tokenizer)
+        write_folder(folder, weights, exported_config, found, options)
+        if mpt:
+            write_model_code(folder)
+        write_model_card(folder, output.name, has_code=mpt)
+        return _gate(folder, checkpoint, weights, found, options) if options.check_parity else None
+
+
+def _write_tokenizer(folder: Path, checkpoint: Checkpoint, options: ExportOptions, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        return tokenizer
+    files = checkpoint.huggingface.get('tokenizer') or {}
+    if not files:
+        log.warning(f'{checkpoint.source!r} carries no tokenizer, so the folder has none')
+        return None
+    write_tokenizer_files(folder, files)
+    return load_tokenizer(folder, options.trust_remote_code)
+
+
+def write_folder(
+    folder: Path,
+    weights: Mapping[str, LazyTensor],
+    config: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: ExportOptions,
+) -> None:
+    """Writes weights, config.json and generation_config.json into an existing folder."""
+    complete = dict(config)
+    for key in ('eos_token_id', 'bos_token_id', 'pad_token_id'):
+        if complete.get(key) is None and tokenizer is not None and getattr(tokenizer, key) is not None:
+            complete[key] = getattr(tokenizer, key)
+    write_safetensors(folder, weights, options.dtype, options.max_shard_size)
+    write_generation_config(folder, complete, tokenizer)
+    write_config(folder, complete, str(options.dtype).removeprefix('torch.'))
+
+
+def _gate(
+    folder: Path,
+    checkpoint: Checkpoint,
+    weights: Mapping[str, LazyTensor],
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: ExportOptions,
+) -> ParityReport:
+    """Runs the trained model, frees it, and compares the folder with what it computed."""
+
+    def logits(rounded_to: torch.dtype) -> torch.Tensor:
+        config = build_config(checkpoint, options.trust_remote_code)
+        return compute_logits(fill(build_shell(checkpoint, config, options.trust_remote_code), weights, rounded_to), probe)
+
+    content = checkpoint.config
+    limit = next((content[k] for k in ('max_seq_len', 'max_position_embeddings', 'n_positions') if content.get(k)), None)
+    vocabulary = content.get('vocab_size') or content['text_config']['vocab_size']
+    probe = probe_batch(vocabulary, limit)
+    trained = logits(options.dtype)
+    reference = Reference(trained, None if options.dtype == torch.float32 else logits(torch.float32), tokenizer)
+    report = check_parity(folder, reference, probe, options.dtype, options.trust_remote_code or is_mpt(checkpoint))
+    log.info(str(report))
+    return report

@@ -1,0 +1,146 @@
+"""The non-weight files of an exported folder, and the rule that a folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Iterator, Mapping
+
+import transformers
+
+from llmfoundry.checkpoint.flatten_imports import edit_files_for_hf_compatibility
+from llmfoundry.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ['appears_whole', 'load_tokenizer', 'write_config', 'write_generation_config', 'write_model_card', 'write_tokenizer_files']
+
+_TOKENIZER_SUFFIXES = {'.json', '.txt', '.py', '.model', '.jinja', '.tiktoken'}
+_RESERVED = {'config.json', 'generation_config.json', 'model.safetensors.index.json'}
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Deletes unfinished folders of the same output whose process is gone, such as a killed export leaves."""
+    for folder in output.parent.glob(f'.{output.name}.incomplete-*'):
+        pid = folder.name.rpartition('-')[2]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def appears_whole(output: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Gives a temporary folder beside ``output``, which takes its name when the block ends without error and disappears otherwise.
+
+    Raises:
+        FileExistsError: ``output`` exists and ``overwrite`` is off.
+    """
+    if output.exists() and not overwrite:
+        raise FileExistsError(f'The output folder {str(output)!r} exists already. Choose another name or remove it first.')
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(output)
+    temporary = output.parent / f'.{output.name}.incomplete-{os.getpid()}'
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if output.exists():
+            shutil.rmtree(output)
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_config(folder: Path, config: Mapping[str, Any], dtype_name: str) -> None:
+    """Writes config.json. ``torch_dtype`` is the name that transformers 4 and 5 both read."""
+    content = {k: v for k, v in config.items() if k not in {'_name_or_path', 'dtype'}}
+    content['torch_dtype'] = dtype_name
+    (folder / 'config.json').write_text(json.dumps(content, indent=2, sort_keys=True) + '\n', encoding='utf-8')
+
+
+def write_generation_config(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Writes generation_config.json: special tokens of the tokenizer, with the config's own as a fallback, and the cache on."""
+    ids = {}
+    for key in ('eos_token_id', 'bos_token_id', 'pad_token_id'):
+        value = None if tokenizer is None else getattr(tokenizer, key)
+        configured = config.get(key)
+        # A model may stop at several tokens; the tokenizer knows one of them.
+        keep_list = isinstance(configured, list) and value in configured
+        ids[key] = configured if value is None or keep_list else value
+    transformers.GenerationConfig(use_cache=True, **{k: v for k, v in ids.items() if v is not None}).save_pretrained(folder)
+
+
+def write_tokenizer_files(folder: Path, files: Mapping[str, Any]) -> list[str]:
+    """Writes the tokenizer files that a Composer checkpoint carries; returns their names.
+
+    Raises:
+        CheckpointError: a name that is a path, or that would replace a file of the model.
+    """
+    for name, entry in files.items():
+        suffix = Path(name).suffix
+        if os.path.basename(name) != name or name in _RESERVED or suffix not in _TOKENIZER_SUFFIXES:
+            raise CheckpointError(f'the checkpoint carries a tokenizer file called {name!r}, which is not a name that a tokenizer writes')
+        content = entry['content']
+        if suffix == '.json':
+            text = json.dumps(_restore_empty(content), ensure_ascii=False, indent=2)
+        elif isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+            continue
+        else:
+            text = content if isinstance(content, str) else '\n'.join(content)
+        (folder / name).write_text(text, encoding='utf-8')
+    if any(name.endswith('.py') for name in files):
+        edit_files_for_hf_compatibility(folder)
+    return sorted(files)
+
+
+def _restore_empty(value: Any) -> Any:
+    """Puts back the one empty dictionary that tokenizers require and sharded checkpoints lose."""
+    if isinstance(value, list):
+        return [_restore_empty(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    restored = {k: _restore_empty(v) for k, v in value.items()}
+    if restored.get('type') == 'TemplateProcessing':
+        restored.setdefault('special_tokens', {})
+    return restored
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer in ``folder``.
+
+    Raises:
+        CheckpointError: it cannot be loaded, with the cause.
+    """
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, ImportError, KeyError, TypeError) as e:
+        raise CheckpointError(f'the tokenizer files of the checkpoint cannot be loaded: {e}. If the tokenizer is code of yours, pass --trust_remote_code.') from e
+
+
+def write_model_card(folder: Path, name: str, has_code: bool) -> None:
+    """Writes README.md: how to load the folder, and why it asks for ``trust_remote_code``."""
+    argument = ', trust_remote_code=True' if has_code else ''
+    reason = (
+        '\n`trust_remote_code=True` is needed because the code of the model lies in this folder (`modeling_mpt.py` and the files beside it). Without it, transformers '
+        'takes its own `MptForCausalLM`, which knows alibi models without bias only and ignores every other setting of the config.\n'
+        if has_code else ''
+    )
+    text = (
+        f'# {name}\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n'
+        f"tokenizer = AutoTokenizer.from_pretrained('{name}'{argument})\nmodel = AutoModelForCausalLM.from_pretrained('{name}'{argument})\n```\n{reason}"
+    )
+    (folder / 'README.md').write_text(text, encoding='utf-8')

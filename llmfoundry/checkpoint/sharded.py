@@ -1,0 +1,162 @@
+"""Reads a sharded checkpoint (a torch.distributed.checkpoint folder) tensor by tensor, in one process, without running code from it.
+
+torch's own reader needs a state dict of the right shapes before it starts, and unpickles ``.metadata`` and every small value freely. This one reads the
+metadata through a list of allowed classes, finds where each piece of a tensor lies, and puts the pieces together when the tensor is asked for: memory stays at
+one tensor. It reads the file-system layout only, which is what Composer writes.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from dataclasses import dataclass, field
+from typing import Any, Iterable
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata
+
+from llmfoundry.checkpoint.safe_load import check_extra_classes, safe_classes
+from llmfoundry.errors import CheckpointError, UnsafeCheckpointError
+
+__all__ = ['METADATA_FILE', 'ShardedCheckpoint']
+
+METADATA_FILE = '.metadata'
+
+_ALLOWED_MODULES = {'torch.distributed.checkpoint.metadata': metadata, 'torch.distributed.checkpoint.filesystem': filesystem}
+_ALLOWED_NAMES = {
+    'Metadata', 'MetadataIndex', 'StorageMeta', 'TensorStorageMetadata', 'BytesStorageMetadata', 'ChunkStorageMetadata', 'TensorProperties', '_MEM_FORMAT_ENCODING',
+    '_StorageInfo', '_StoragePrefix',
+}
+_ALLOWED_OTHERS = {
+    ('torch', 'Size'), ('torch', 'device'), ('torch.serialization', '_get_layout'), ('collections', 'OrderedDict'), ('builtins', 'set'),
+    ('pathlib', 'PosixPath'), ('pathlib', 'PurePosixPath'), ('pathlib._local', 'PosixPath'),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickles the classes of a metadata file and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        ours = module in _ALLOWED_MODULES and name in _ALLOWED_NAMES
+        dtype = module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype)
+        if ours or dtype or (module, name) in _ALLOWED_OTHERS:
+            return super().find_class(module, name)
+        raise UnsafeCheckpointError(f'the metadata holds an object of {module}.{name}, which no sharded checkpoint needs; the folder is refused, since reading it would run that code')
+
+
+@dataclass
+class ShardedCheckpoint:
+    """A checkpoint folder, opened.
+
+    Args:
+        folder: the folder that holds ``.metadata`` and the ``*.distcp`` files.
+        extra_classes: names of further classes that small values may hold.
+    """
+
+    folder: str
+    extra_classes: Iterable[str] = ()
+    _where: dict[tuple[str, tuple[int, ...] | None], Any] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        path = os.path.join(self.folder, METADATA_FILE)
+        if not os.path.isfile(path):
+            raise CheckpointError(f'{self.folder!r} is not a sharded checkpoint: it has no {METADATA_FILE} file. The run that wrote it was probably killed while saving; use an earlier checkpoint.')
+        try:
+            with open(path, 'rb') as f:
+                self.metadata = _MetadataUnpickler(f).load()
+        except UnsafeCheckpointError as e:
+            raise UnsafeCheckpointError(f'{path!r}: {e}') from e
+        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError, KeyError) as e:
+            raise CheckpointError(f'{path!r} ({os.path.getsize(path):,} bytes) is truncated or damaged. Cause: {type(e).__name__}: {e}') from e
+        if not isinstance(self.metadata, metadata.Metadata):
+            raise CheckpointError(f'{path!r} holds a {type(self.metadata).__name__}, not the metadata of a sharded checkpoint')
+        self._where = {(index.fqn, None if index.offset is None else tuple(index.offset)): info for index, info in self.metadata.storage_data.items()}
+        self._check_files()
+
+    def _check_files(self) -> None:
+        """Every file is there and as long as the metadata says."""
+        needed: dict[str, int] = {}
+        for info in self._where.values():
+            needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
+        for name, length in sorted(needed.items()):
+            path = os.path.join(self.folder, name)
+            if not os.path.isfile(path):
+                raise CheckpointError(f'{self.folder!r} lacks the file {name!r}, which its metadata names ({len(needed)} files in all); copy the whole folder')
+            if os.path.getsize(path) < length:
+                raise CheckpointError(f'{path!r} has {os.path.getsize(path):,} bytes, its metadata names {length:,}: it is truncated; copy it again')
+
+    def path_of(self, name: str) -> tuple[Any, ...]:
+        """The keys that lead to ``name`` in the nested dictionary that was saved."""
+        planner_data = self.metadata.planner_data or {}
+        return tuple(planner_data.get(name) or name.split('.'))
+
+    def tensor_names(self) -> list[str]:
+        """Names of all tensors, as flattened by torch (``state.model.model.transformer...``)."""
+        return [k for k, v in self.metadata.state_dict_metadata.items() if isinstance(v, metadata.TensorStorageMetadata)]
+
+    def value_names(self) -> list[str]:
+        """Names of everything that is not a tensor."""
+        return [k for k, v in self.metadata.state_dict_metadata.items() if not isinstance(v, metadata.TensorStorageMetadata)]
+
+    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Of the whole tensor ``name``, from the metadata alone."""
+        entry = self.metadata.state_dict_metadata[name]
+        return tuple(entry.size), entry.properties.dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole tensor ``name``, put together from its pieces, on the CPU."""
+        entry = self.metadata.state_dict_metadata[name]
+        whole = torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
+        filled = 0
+        for chunk in entry.chunks:
+            info = self._where.get((name, tuple(chunk.offsets))) or self._where.get((name, None))
+            if info is None:
+                raise CheckpointError(f'{self.folder!r}: the piece of {name!r} at {tuple(chunk.offsets)} is stored nowhere')
+            piece = self._load_blob(info, name)
+            if tuple(piece.shape) != tuple(chunk.sizes):
+                raise CheckpointError(f'{self.folder!r}: a piece of {name!r} has shape {tuple(piece.shape)}, the metadata names {tuple(chunk.sizes)}')
+            whole[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes))].copy_(piece)
+            filled += piece.numel()
+        if filled != whole.numel():
+            raise CheckpointError(f'{self.folder!r}: {filled:,} of {whole.numel():,} elements of {name!r} are stored')
+        return whole
+
+    def values(self, prefix: tuple[str, ...]) -> dict[str, Any]:
+        """The nested dictionary below ``prefix`` with everything that is not a tensor; empty if there is nothing.
+
+        torch stores a list of dictionaries entry by entry, which is undone here, and does not store empty dictionaries, which stay lost.
+        """
+        nested: dict[str, Any] = {}
+        with torch.serialization.safe_globals([*safe_classes(), *check_extra_classes(self.extra_classes)]):
+            for name in self.value_names():
+                path = self.path_of(name)
+                if path[: len(prefix)] != prefix or len(path) == len(prefix):
+                    continue
+                here = nested
+                for key in path[len(prefix) : -1]:
+                    here = here.setdefault(key, {})
+                here[path[-1]] = self._load_blob(self._where[(name, None)], name)
+        return _restore_lists(nested)
+
+    def _load_blob(self, info: Any, name: str) -> Any:
+        path = os.path.join(self.folder, info.relative_path)
+        with open(path, 'rb') as f:
+            f.seek(info.offset)
+            blob = f.read(info.length)
+        try:
+            return torch.load(io.BytesIO(blob), map_location='cpu', weights_only=True)
+        except pickle.UnpicklingError as e:
+            raise UnsafeCheckpointError(f'{path!r}: the value {name!r} holds a class that a Composer checkpoint does not need: {str(e)[-300:]}') from e
+        except (RuntimeError, EOFError, ValueError) as e:
+            raise CheckpointError(f'{path!r}: {name!r} at byte {info.offset:,} is damaged. Cause: {e}') from e
+
+
+def _restore_lists(value: Any) -> Any:
+    """Dictionaries with the keys 0..n-1 become lists again; string keys never match, and Composer's metadata has no integer keys of its own."""
+    if not isinstance(value, dict):
+        return value
+    restored = {k: _restore_lists(v) for k, v in value.items()}
+    if restored and all(isinstance(k, int) for k in restored):
+        return [restored[k] for k in sorted(restored)]
+    return restored

@@ -1,0 +1,15 @@
+"""Checkpoints and exported folders that cannot be used."""
+
+from __future__ import annotations
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is damaged, incomplete, or not one at all."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A checkpoint that would have to run code to be read."""
+
+
+class ParityError(CheckpointError):
+    """An exported model that does not compute what the trained model computes."""
