@@ -1,0 +1,246 @@
+"""Keeps Streaming's shared memory from outliving a run, and leftovers of dead runs from stopping the next one.
+
+Each StreamingDataset owns blocks ``/dev/shm/NNNNNN_*`` and two lock files ``NNNNNN_*_filelock`` in the temp folder, under the first free number.
+``kill -9`` of a job leaves the blocks, even a clean exit leaves the lock files, and Streaming's ``clean_stale_shared_memory`` stops at the first gap and may unlink what a live job uses.
+
+Here every run gets a folder of its own, in which the number is written down *before* the blocks are made, and whose ``owner.json`` the owner holds an ``flock`` on. The kernel
+drops that lock when the owner dies, however it dies: at each start the folders without a live owner are cleared, together with exactly the blocks that they name. Blocks that no folder of
+ours names belong to someone else; they are left alone and their numbers are not used. The alternative, comparing process ids and start times, mistakes jobs in other
+containers for dead ones; both are recorded all the same, for the reader.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import tempfile
+import time
+from dataclasses import dataclass, field
+from itertools import count
+from multiprocessing import shared_memory
+from pathlib import Path
+from typing import Callable, Iterator
+
+from streaming.base import distributed as streaming_dist
+from streaming.base.constant import BARRIER_FILELOCK, SHM_TO_CLEAN
+
+from llmfoundry.errors import DataError
+
+__all__ = ['RunFolder', 'clean_dead_runs', 'exclusive_start', 'prefixes_in_use', 'runs_folder']
+
+log = logging.getLogger(__name__)
+
+_SHM_ROOT = Path('/dev/shm')
+_BLOCK = re.compile(rf'^(\d{{6}})_({"|".join(SHM_TO_CLEAN)})$')
+_OWNER_FILE = 'owner.json'
+# Long enough for any start on a busy node; after it two jobs may, at worst, race for the same number, and Streaming then says so.
+_LOCK_TIMEOUT_S = 60.0
+
+
+@dataclass
+class RunFolder:
+    """The folder of this process's run; ``pid`` tells a forked child that it is not the owner."""
+
+    path: str
+    pid: int
+    owner_fd: int | None = None
+    prefixes: list[int] = field(default_factory=list)
+
+    def record(self, prefix: int) -> None:
+        """Writes down that this run owns the blocks of ``prefix``, by the owner only."""
+        self.prefixes.append(prefix)
+        if self.owner_fd is not None:
+            _write_owner(self.owner_fd, self.prefixes)
+
+
+_current: RunFolder | None = None
+
+
+def runs_folder() -> Path:
+    """Where this user's run folders are; kept apart per user, since only the owner may unlink."""
+    return Path(os.environ.get('TMPDIR') or '/tmp', f'llmfoundry-runs-{os.getuid()}')
+
+
+def prefixes_in_use() -> set[int]:
+    """Numbers under which any shared-memory block of Streaming exists on this machine (Linux; elsewhere nothing can be listed)."""
+    with contextlib.suppress(OSError):
+        return {int(match.group(1)) for name in os.listdir(_SHM_ROOT) if (match := _BLOCK.match(name))}
+    return set()
+
+
+def clean_dead_runs() -> list[int]:
+    """Removes the folders of this user's runs whose owner is dead, with the shared memory that they name.
+
+    Returns:
+        The numbers that were freed.
+    """
+    freed: list[int] = []
+    for owner_file in sorted(runs_folder().glob(f'run-*/{_OWNER_FILE}')):
+        try:
+            fd = os.open(owner_file, os.O_RDWR)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            continue
+        try:
+            for prefix in _recorded_prefixes(fd):
+                _unlink_blocks(prefix)
+                freed.append(prefix)
+            shutil.rmtree(owner_file.parent, ignore_errors=True)
+        finally:
+            os.close(fd)
+    if freed:
+        log.info('Removed the shared memory of dead runs: %s', ', '.join(f'{p:06d}_*' for p in freed))
+    return freed
+
+
+@contextlib.contextmanager
+def exclusive_start(check: Callable[[], None] | None = None) -> Iterator[None]:
+    """Build a StreamingDataset inside this context, on all ranks at once.
+
+    The node's first rank takes a machine-wide lock (jobs that start together would pick the same number), clears dead runs, runs ``check``, and writes down the number that Streaming
+    is about to take. Every rank then sees the run's folder as the temp folder while the dataset is built. The environment is not changed, so caches of other libraries stay where they are.
+
+    Args:
+        check: looks at local files, once per node; a DataError that it raises is raised on every rank, instead of leaving the others at a barrier.
+    """
+    started_dist = streaming_dist.maybe_init_dist()
+    saved_tempdir = tempfile.tempdir
+    try:
+        with contextlib.ExitStack() as stack:
+            is_leader = streaming_dist.get_local_rank() == 0
+            outcome = _lead_start(stack, check) if is_leader else (None, None)
+            path = _agree(outcome)
+            run = _run_folder(path)
+            tempfile.tempdir = run.path
+            yield
+    finally:
+        tempfile.tempdir = saved_tempdir
+        if started_dist:
+            import torch.distributed
+
+            torch.distributed.destroy_process_group()
+
+
+def _lead_start(stack: contextlib.ExitStack, check: Callable[[], None] | None) -> tuple[str | None, DataError | None]:
+    """The leader's part: returns the run folder's path, or the error that every rank shall raise."""
+    stack.enter_context(_machine_lock())
+    try:
+        if check is not None:
+            check()
+        clean_dead_runs()
+        run = _run_folder(None)
+        _reserve_next_prefix(run)
+    except DataError as e:
+        return None, e
+    except OSError as e:
+        return None, DataError(f'cannot write to the temp folder: {e}. Set TMPDIR to a folder on a local disk with free space', file=str(runs_folder()))
+    return run.path, None
+
+
+def _agree(outcome: tuple[str | None, DataError | None]) -> str:
+    """Every rank learns its node's folder, or raises the first error."""
+    world_size, local_rank = streaming_dist.get_world_size(), streaming_dist.get_local_rank()
+    outcomes = streaming_dist.all_gather_object(outcome) if world_size > 1 else [outcome]
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    path = outcomes[streaming_dist.get_rank() - local_rank if world_size > 1 else 0][0]
+    assert path is not None
+    return path
+
+
+def _run_folder(path: str | None) -> RunFolder:
+    """This process's run folder; ``path`` for a rank that follows its leader, None for the leader, who makes one."""
+    global _current
+    if _current is not None and _current.pid == os.getpid() and path in (None, _current.path):
+        return _current
+    if path is not None:
+        _current = RunFolder(path, os.getpid())
+        return _current
+    base = runs_folder()
+    base.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if base.stat().st_uid != os.getuid():
+        raise PermissionError(f'{base} belongs to another user')
+    path = tempfile.mkdtemp(prefix='run-', dir=base)
+    # Locked under another name first: a job that starts now must not see an owner file that nobody holds yet.
+    unlocked = os.path.join(path, f'{_OWNER_FILE}.new')
+    fd = os.open(unlocked, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    _write_owner(fd, [])
+    os.rename(unlocked, os.path.join(path, _OWNER_FILE))
+    _current = RunFolder(path, os.getpid(), fd)
+    atexit.register(_remove_at_exit, _current)
+    return _current
+
+
+def _remove_at_exit(run: RunFolder) -> None:
+    # Runs after Streaming's own exit handlers, which were registered later and have unlinked the blocks by now.
+    if run.pid == os.getpid():
+        shutil.rmtree(run.path, ignore_errors=True)
+
+
+def _reserve_next_prefix(run: RunFolder) -> None:
+    """Makes Streaming take a number that nobody uses, and records it.
+
+    Streaming takes the first number with neither blocks nor lock files, and stops with "Reused local directory" where foreign blocks name the same folder. A lock file makes it
+    skip a number unseen, so leftovers that are not ours to remove cannot stop it.
+    """
+    busy = prefixes_in_use()
+    for prefix in busy:
+        Path(run.path, f'{prefix:06d}_{BARRIER_FILELOCK}').touch()
+    own = {int(p.name[:6]) for p in Path(run.path).glob('[0-9]*_*filelock')}
+    run.record(next(prefix for prefix in count() if prefix not in busy | own))
+
+
+@contextlib.contextmanager
+def _machine_lock() -> Iterator[None]:
+    """Holds an flock on /dev/shm itself: seen by all users and containers that share the numbers, and nothing is left behind."""
+    fd = None
+    try:
+        fd = os.open(_SHM_ROOT, os.O_RDONLY)
+        deadline = time.monotonic() + _LOCK_TIMEOUT_S
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.02)
+    except OSError as e:
+        log.debug('No machine-wide lock (%s); two jobs that start in the same moment may collide', e)
+    try:
+        yield
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def _unlink_blocks(prefix: int) -> None:
+    for name in SHM_TO_CLEAN:
+        with contextlib.suppress(OSError):
+            if _SHM_ROOT.is_dir():
+                os.unlink(_SHM_ROOT / f'{prefix:06d}_{name}')
+            else:
+                shared_memory.SharedMemory(f'{prefix:06d}_{name}').unlink()
+
+
+def _write_owner(fd: int, prefixes: list[int]) -> None:
+    record = {'pid': os.getpid(), 'host': socket.gethostname(), 'started': time.strftime('%Y-%m-%dT%H:%M:%S'), 'shm_prefixes': prefixes}
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, json.dumps(record).encode(), 0)
+
+
+def _recorded_prefixes(fd: int) -> list[int]:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return [int(p) for p in json.loads(os.pread(fd, 1 << 20, 0))['shm_prefixes']]
+    return []
