@@ -259,6 +259,7 @@ tp_strategies = create_registry(
     'llmfoundry', 'tp_strategies',
     generic_type='Callable[[torch.nn.Module], dict]',
     description='Values of tp_config.strategy.',
+    builtins={'ffn': 'llmfoundry.tp.ffn:ffn_tp_strategy'},
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Iterable, Mapping, Sequence
 
 import torch
 
-__all__ = ['disable_grad', 'split_param_groups']
+__all__ = ['build_param_groups', 'disable_grad', 'split_param_groups']
 
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
@@ -92,3 +92,17 @@ def split_param_groups(named_parameters: NamedParameters, param_groups: Sequence
     overrides = [{key: value for key, value in group.items() if key != 'param_str_match'} for group in param_groups]
     groups = [{'params': params, **override} for params, override in zip(members, overrides, strict=True)]
     return [{'params': rest}, *groups] if rest else groups
+
+
+def build_param_groups(
+    model: torch.nn.Module,
+    disable_grad_patterns: str | Sequence[str] | None = None,
+    param_groups: Sequence[Mapping[str, Any]] | None = None,
+) -> list[torch.nn.Parameter] | list[dict[str, Any]]:
+    """Applies ``disable_grad`` and then ``split_param_groups`` to all parameters of ``model``.
+
+    Frozen parameters stay in their group: optimizers skip what has no gradient, and Composer's tensor parallelism wants all parameters.
+    """
+    if disable_grad_patterns:
+        disable_grad(model.named_parameters(), disable_grad_patterns)
+    return split_param_groups(model.named_parameters(), param_groups)
