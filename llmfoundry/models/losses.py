@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from llmfoundry.models.chunked_cross_entropy import ChunkedLinearCrossEntropy, HeadOptions
 
-__all__ = ['CROSS_ENTROPY_IGNORE_INDEX', 'LOSS_FUNCTIONS', 'LossOutput', 'fused_linear_cross_entropy', 'get_loss_fn', 'shift_labels', 'torch_linear_cross_entropy']
+__all__ = ['CROSS_ENTROPY_IGNORE_INDEX', 'LOSS_FUNCTIONS', 'LossOutput', 'fused_linear_cross_entropy', 'get_loss_fn', 'head_logits', 'loss_from_logits', 'shift_labels', 'torch_linear_cross_entropy']
 
 CROSS_ENTROPY_IGNORE_INDEX = -100
 
@@ -123,12 +123,34 @@ def torch_linear_cross_entropy(
     """
     _check_shapes(hidden, weight, targets, softcap)
     hidden, weight, targets, bias = _flatten(hidden, weight, targets, bias)
-    logits = F.linear(hidden, weight, bias)  # (tokens, vocab)
+    return loss_from_logits(head_logits(hidden, weight, bias, logit_scale, softcap), targets, ignore_index)
+
+
+def head_logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    logit_scale: float | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """(..., vocab) logits ``softcap(logit_scale * (hidden @ weight.T + bias))``; arguments as in ``fused_linear_cross_entropy``."""
+    logits = F.linear(hidden, _gather(weight), bias)
     if logit_scale is not None and logit_scale != 1.0:
         logits = logits * logit_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    loss_sum = F.cross_entropy(logits.float(), targets, ignore_index=ignore_index, reduction='sum')
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def loss_from_logits(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int = CROSS_ENTROPY_IGNORE_INDEX) -> LossOutput:
+    """The same loss from logits that exist already.
+
+    Args:
+        logits: (..., vocab).
+        targets: (...) int64, already shifted.
+        ignore_index: target of positions that have none.
+    """
+    logits, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss_sum = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction='sum')
     has_target = targets != ignore_index
     num_correct = ((logits.detach().argmax(-1) == targets) & has_target).sum()
     return LossOutput(loss_sum, has_target.sum(), num_correct)
