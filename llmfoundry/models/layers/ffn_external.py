@@ -11,11 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from llmfoundry.models.layers.fc import import_te
 from llmfoundry.models.layers.ffn import resolve_ffn_act_fn, resolve_ffn_hidden_size
 
 __all__ = ['build_mb_dmoe', 'build_mb_moe', 'build_te_ln_mlp', 'import_megablocks']
+
+_MEGABLOCKS_CLASSES = {'mb_moe': ('megablocks.layers.moe', 'MoE'), 'mb_dmoe': ('megablocks.layers.dmoe', 'dMoE')}
 
 
 def import_megablocks(module: str, wanted_by: str) -> Any:
@@ -78,16 +82,23 @@ def _megablocks_arguments(ffn_type: str, hidden_size: int, ffn_hidden_size: int,
     return arguments_cls(hidden_size=hidden_size, ffn_hidden_size=ffn_hidden_size, bias=bias, device=torch.device(device or 'cuda'), **values)
 
 
-def _build_megablocks(ffn_type: str, module: str, cls_name: str, hidden_size: int, ffn_hidden_size: int, bias: bool, device: str | None, kwargs: dict[str, Any]) -> nn.Module:
-    # These two were used by config_megablocks_moe_args to make the process groups; megablocks does not know them.
-    kwargs = {key: value for key, value in kwargs.items() if key not in ('moe_world_size', 'device_mesh', 'lbl_process_group')}
-    if isinstance(kwargs.get('ffn_act_fn'), dict):
-        kwargs['activation_fn'] = resolve_ffn_act_fn(kwargs.pop('ffn_act_fn'))
-    kwargs.pop('ffn_act_fn', None)
-    args = _megablocks_arguments(ffn_type, hidden_size, ffn_hidden_size, bias, device, kwargs)
+def _build_megablocks(ffn_type: str, d_model: int, ffn_hidden_size: int, bias: bool, device: str | None, kwargs: dict[str, Any]) -> nn.Module:
+    """Builds the block and, under expert parallelism, makes its experts' weights DTensors that FSDP shards over the weight-parallel ranks only."""
+    module, cls_name = _MEGABLOCKS_CLASSES[ffn_type]
+    # These served config_megablocks_moe_args and the loss; megablocks does not know them.
+    own = {key: kwargs.pop(key, None) for key in ('ffn_type', 'moe_world_size', 'device_mesh', 'lbl_process_group', 'ffn_act_fn')}
+    if own['ffn_act_fn'] is not None:
+        kwargs['activation_fn'] = resolve_ffn_act_fn(own['ffn_act_fn'])
+    args = _megablocks_arguments(ffn_type, d_model, ffn_hidden_size, bias, device, kwargs)
     ffn = getattr(import_megablocks(module, f'ffn_type {ffn_type}'), cls_name)(args)
-    experts = getattr(ffn, 'experts', ffn)
+    experts = ffn.experts
     experts.mlp.ffn_hidden_size = ffn_hidden_size  # param_init slices the stacked weights by it
+    mesh = own['device_mesh']
+    if isinstance(mesh, DeviceMesh):
+        for name, param in list(experts.mlp.named_parameters(recurse=False)):
+            sharded = DTensor.from_local(param.detach(), mesh['expert_parallel'], [Shard(0)], run_check=False)
+            experts.mlp.register_parameter(name, nn.Parameter(sharded))
+        experts._fsdp_kwargs_dict = {'device_mesh': mesh['weight_parallel']}
     return ffn
 
 
@@ -111,7 +122,7 @@ def build_mb_moe(
         ValueError: unknown keys.
     """
     hidden_size = resolve_ffn_hidden_size(d_model, expansion_ratio, ffn_hidden_size)
-    return _build_megablocks('mb_moe', 'megablocks.layers.moe', 'MoE', d_model, hidden_size, bias, device, kwargs)
+    return _build_megablocks('mb_moe', d_model, hidden_size, bias, device, kwargs)
 
 
 def build_mb_dmoe(
@@ -125,4 +136,4 @@ def build_mb_dmoe(
 ) -> nn.Module:
     """Builds megablocks' dropless ``dMoE``; arguments and errors as ``build_mb_moe``."""
     hidden_size = resolve_ffn_hidden_size(d_model, expansion_ratio, ffn_hidden_size)
-    return _build_megablocks('mb_dmoe', 'megablocks.layers.dmoe', 'dMoE', d_model, hidden_size, bias, device, kwargs)
+    return _build_megablocks('mb_dmoe', d_model, hidden_size, bias, device, kwargs)
