@@ -1,0 +1,62 @@
+"""The ``llmfoundry`` command.
+
+Only signatures live here and in the sibling modules, so ``--help`` answers at once; what a command does is named by a string and imported when it runs.
+Mistakes of the user (a config, a data file, a name) print as one block without a traceback and exit 1.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import typer
+
+from llmfoundry._version import __version__
+from llmfoundry.cli import config_commands, registry_commands
+from llmfoundry.errors import BaseContextualError, ConfigError, DataError
+from llmfoundry.typed_registry import RegistryError
+
+__all__ = ['app', 'main']
+
+USER_ERRORS = (ConfigError, DataError, RegistryError, BaseContextualError)
+_EXIT_ERROR, _EXIT_INTERRUPT = 1, 130
+
+app = typer.Typer(
+    name='llmfoundry',
+    help='Pretrain, finetune, evaluate and export language models from one YAML.',
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={'help_option_names': ['-h', '--help']},
+)
+app.command('train')(config_commands.train)
+app.command('validate')(config_commands.validate)
+app.command('schema')(config_commands.schema)
+app.add_typer(registry_commands.app, name='registry')
+if importlib.util.find_spec('llmfoundry.cli.data_prep') is not None:
+    app.add_typer(importlib.import_module('llmfoundry.cli.data_prep').app, name='data_prep')
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, '--version', callback=_print_version, is_eager=True, help='Print the version and exit.'),
+) -> None:
+    """Pretrain, finetune, evaluate and export language models from one YAML."""
+
+
+def main() -> None:
+    """Runs the command line."""
+    try:
+        app()
+    except USER_ERRORS as e:
+        typer.echo(f'error: {e}', err=True)
+        sys.exit(_EXIT_ERROR)
+    except KeyboardInterrupt:
+        typer.echo('interrupted', err=True)
+        sys.exit(_EXIT_INTERRUPT)
