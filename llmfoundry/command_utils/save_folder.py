@@ -1,0 +1,166 @@
+"""What can be known about the save folder before the first step, and which checkpoint to resume from.
+
+A run that fails at its first save has wasted all the time before it. So rank 0 writes and removes a probe file, looks for checkpoints that the run would
+collide with, and compares the free space with the weights. For ``autoresume`` it makes sure that ``latest`` names a complete checkpoint: a file
+cut short by a crash or a full disk is set aside, with a message, and the newest complete one takes its place.
+Remote folders (``s3://...``) are left to Composer, whose uploads are whole or absent.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmfoundry.errors import ConfigError, ConfigProblem
+
+__all__ = ['SaveNames', 'check_free_space', 'incomplete_reason', 'local_folder', 'prepare_save_folder', 'repair_latest']
+
+# Composer's name for the folder of a sharded checkpoint.
+SHARDED_FOLDER = 'ep{epoch}-ba{batch}'
+SET_ASIDE_PREFIX = 'damaged-'
+
+
+@dataclass(frozen=True)
+class SaveNames:
+    """File name patterns of a run's checkpoints (Composer's ``{epoch}``, ``{rank}``, ... fields)."""
+
+    filename: str
+    latest: str
+    sharded: bool
+
+
+def local_folder(save_folder: str | None, run_name: str | None) -> Path | None:
+    """The folder as a path with ``{run_name}`` filled in; None when there is none or it is remote."""
+    if save_folder is None or '://' in save_folder:
+        return None
+    return Path(save_folder.replace('{run_name}', run_name or ''))
+
+
+def prepare_save_folder(folder: Path, names: SaveNames, *, overwrite: bool, may_resume: bool) -> None:
+    """Creates the folder and checks that checkpoints can be written to it.
+
+    Args:
+        folder: the local save folder.
+        names: patterns of the checkpoints.
+        overwrite: ``save_overwrite``.
+        may_resume: the run starts from a checkpoint (``autoresume``, ``load_path``), so files of earlier steps are no collision.
+
+    Raises:
+        ConfigError: not writable, or checkpoints that would be overwritten.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b'\0' * 65536)
+            probe.flush()
+    except OSError as e:
+        raise _problem(f'{str(folder)!r} cannot be written to ({type(e).__name__}: {e.strerror or e}). Choose a folder that this user may write to, on a disk with space.') from e
+    existing = _checkpoints(folder, names)
+    if existing and not overwrite and not may_resume:
+        raise _problem(
+            f'{str(folder)!r} already holds {len(existing)} checkpoint(s), the newest {existing[0].name!r}, which this run would overwrite. Continue that run with autoresume: true, '
+            'choose another save_folder or run_name, or set save_overwrite: true.',
+        )
+
+
+def check_free_space(folder: Path, weights_bytes: int) -> None:
+    """Compares the free space with one checkpoint's weights, the least that a checkpoint takes.
+
+    Raises:
+        ConfigError: less than that is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < weights_bytes:
+        raise _problem(
+            f'{str(folder)!r} has {free:,} bytes free, and the weights alone take {weights_bytes:,} bytes per checkpoint. Free some space or choose another folder.',
+        )
+
+
+def repair_latest(folder: Path, names: SaveNames, rank: int = 0) -> list[str]:
+    """Makes ``latest`` point to the newest complete checkpoint; damaged ones are renamed to ``damaged-...``.
+
+    Returns:
+        Sentences about what was found wrong and done; empty when all was well.
+    """
+    latest = folder / names.latest.replace('{rank}', str(rank))
+    if '{' in latest.name or not folder.is_dir():
+        return []
+    if latest.exists() and incomplete_reason(latest.resolve()) is None:
+        return []
+    notes = []
+    for candidate in _checkpoints(folder, names):
+        reason = incomplete_reason(candidate)
+        if reason is None:
+            latest.unlink(missing_ok=True)
+            latest.symlink_to(os.path.relpath(candidate, latest.parent))
+            notes.append(f'autoresume: {latest.name} now names {candidate.name}, the newest complete checkpoint')
+            return notes
+        aside = candidate.with_name(SET_ASIDE_PREFIX + candidate.name)
+        candidate.rename(aside)
+        notes.append(f'autoresume: {candidate.name} is incomplete ({reason}); renamed to {aside.name}')
+    if latest.is_symlink() or latest.exists():
+        latest.unlink()
+        notes.append(f'autoresume: no complete checkpoint is left in {folder}; the run starts from the beginning')
+    return notes
+
+
+def incomplete_reason(path: Path) -> str | None:
+    """Why a checkpoint cannot be whole, or None. Reads directories and sizes, not the tensors."""
+    if path.is_dir():
+        return _incomplete_sharded(path)
+    if not path.exists():
+        return 'the file is missing'
+    if path.suffix != '.pt':
+        return None if path.stat().st_size else 'the file is empty'
+    try:
+        # The zip directory stands at the end of the file, so a file cut short has none.
+        with zipfile.ZipFile(path) as archive:
+            return None if archive.namelist() else 'the archive is empty'
+    except (zipfile.BadZipFile, OSError) as e:
+        return f'{path.stat().st_size:,} bytes, {e}'
+
+
+def _incomplete_sharded(path: Path) -> str | None:
+    """torch renames ``.metadata`` into place after all ranks have written, and it lists every file with its extent."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    if not (path / '.metadata').exists():
+        return 'its .metadata is missing'
+    ends: dict[str, int] = {}
+    for info in (FileSystemReader(path).read_metadata().storage_data or {}).values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in sorted(ends.items()):
+        size = (path / name).stat().st_size if (path / name).exists() else -1
+        if size < end:
+            return f'{name} is missing' if size < 0 else f'{name} has {size:,} of {end:,} bytes'
+    return None
+
+
+def _checkpoints(folder: Path, names: SaveNames) -> list[Path]:
+    """The run's checkpoints, newest first by batch (by time where the pattern has no batch)."""
+    pattern = SHARDED_FOLDER if names.sharded else names.filename
+    parts = re.split(r'(\{\w+\})', pattern)
+    regex = re.compile(''.join(_field_regex(p, parts[:i]) if p.startswith('{') else re.escape(p) for i, p in enumerate(parts)))
+    depth = pattern.count('/')
+    found = []
+    for path in folder.glob('/'.join(['*'] * (depth + 1))):
+        match = regex.fullmatch(str(path.relative_to(folder)))
+        if match and not path.is_symlink():
+            found.append((int(match.groupdict().get('batch') or 0), path.stat().st_mtime, path))
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def _field_regex(field: str, before: list[str]) -> str:
+    name = field[1:-1]
+    numeric = name != 'run_name'
+    value = r'\d+' if numeric else r'[^/]+'
+    return f'(?P<{name}>{value})' if field not in before else f'(?P={name})'
+
+
+def _problem(message: str) -> ConfigError:
+    return ConfigError([ConfigProblem('save_folder', message)])
