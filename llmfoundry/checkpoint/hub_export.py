@@ -26,6 +26,8 @@ MPT_CLASSES = {'MPTForCausalLM'}
 _ROOTS = ('llmfoundry.models.mpt.modeling_mpt', 'llmfoundry.models.mpt.configuration_mpt', 'llmfoundry.layers_registry')
 # The files that transformers imports by name; each must name all others.
 _ENTRY_FILES = ('modeling_mpt.py', 'configuration_mpt.py')
+# Where built-in layers live: this package, or libraries that the layer's own file imports.
+_INSTALLED_ANYWAY = ('.', 'llmfoundry.', 'torch.', 'transformer_engine.', 'megablocks.')
 _NESTED_TARGET = re.compile(r"""(?<=['"])\.models\.(?:\w+\.)*(\w+)(?=:)""")
 
 
@@ -117,6 +119,6 @@ def unportable_layers(config: Mapping[str, Any]) -> list[str]:
         if name is not None and key in registry:
             target = registry.target(key)
             module = target.partition(':')[0] if isinstance(target, str) else target.__module__
-            if not module.startswith(('.', 'llmfoundry.')):
+            if not module.startswith(_INSTALLED_ANYWAY):
                 found.append(f'{registry_name}: {name} ({module})')
     return found

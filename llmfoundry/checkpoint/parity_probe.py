@@ -34,14 +34,15 @@ def main(folder: str, work_folder: str) -> None:
     block('llmfoundry')
     import torch
     import transformers
+    from packaging.version import Version
     from safetensors.torch import load_file, save_file
 
     work = Path(work_folder)
     options = json.loads((work / 'options.json').read_text(encoding='utf-8'))
     probe = load_file(work / 'probe.safetensors')
     trust = options['trust_remote_code']
-    # Both names of the argument are deprecated in turn by transformers 4 and 5; the environment's version decides.
-    dtype_key = 'dtype' if int(transformers.__version__.split('.')[0]) >= 5 else 'torch_dtype'
+    # The argument was renamed in transformers 4.56.
+    dtype_key = 'dtype' if Version(transformers.__version__) >= Version('4.56') else 'torch_dtype'
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=trust, output_loading_info=True, **{dtype_key: torch.float32}
     )

@@ -116,7 +116,7 @@ class ShardedCheckpoint:
             piece = self._load_blob(info, name)
             if tuple(piece.shape) != tuple(chunk.sizes):
                 raise CheckpointError(f'{self.folder!r}: a piece of {name!r} has shape {tuple(piece.shape)}, the metadata names {tuple(chunk.sizes)}')
-            whole[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes))].copy_(piece)
+            whole[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))].copy_(piece)
             filled += piece.numel()
         if filled != whole.numel():
             raise CheckpointError(f'{self.folder!r}: {filled:,} of {whole.numel():,} elements of {name!r} are stored')
