@@ -23,7 +23,7 @@ from llmfoundry.config.batch_size import batch_size_summary
 from llmfoundry.config.blocks import check_block, check_type
 from llmfoundry.config.components import check_components
 from llmfoundry.config.derive import BATCH_TRANSFORM, derive, split_spellings
-from llmfoundry.config.renames import split_top_level_variables, variables_note
+from llmfoundry.config.renames import KNOWN_VARIABLES, split_top_level_variables, variables_notes
 from llmfoundry.config.report import KeyPath, Report, nearest
 from llmfoundry.config.rules import check_rules
 from llmfoundry.config.train import TrainConfig
@@ -49,7 +49,7 @@ def load_train_config(source: str | os.PathLike | Mapping[str, Any], overrides: 
     """
     config, report, text = load_dict(source, overrides)
     config, variables = split_top_level_variables(config, set(TrainConfig.model_fields), text)
-    notes = [variables_note(variables)] if variables else []
+    notes = variables_notes(variables, text)
     _run_code_paths(config, report)
     config = _run_transforms(config, report)
     check_block(report, (), config, TrainConfig)
@@ -84,6 +84,9 @@ def _apply_override(tree: DictConfig, override: str, report: Report) -> None:
     key, equals, text = override.partition('=')
     key = key.strip().lstrip('-')
     path = tuple(key.replace('[', '.').replace(']', '').split('.'))
+    if len(path) == 1 and key in KNOWN_VARIABLES and key not in tree and key in (tree.get('variables') or {}):
+        # Documents say data_local=X; files that keep the name under `variables` mean the same one.
+        path = ('variables', key)
     report.overridden.add(path)
     if not equals or not all(path):
         report.overridden.add((override,))

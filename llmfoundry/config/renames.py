@@ -7,12 +7,15 @@ no longer exist are errors with a remedy.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from llmfoundry.config.base import Block
+from llmfoundry.config.mpt_block import AttnBlock, FfnBlock, InitBlock, MPTBlock
 from llmfoundry.config.report import KeyPath
+from llmfoundry.config.train import TrainConfig
 
-__all__ = ['split_top_level_variables', 'stale_key_hint', 'variables_note']
+__all__ = ['split_top_level_variables', 'stale_key_hint', 'variables_notes']
 
 # Top-level names that released YAMLs and their documents define for interpolation.
 KNOWN_VARIABLES = frozenset({
@@ -21,22 +24,15 @@ KNOWN_VARIABLES = frozenset({
 
 _REFERENCE = re.compile(r'\$\{\s*([A-Za-z_][\w-]*)')
 
-# Path pattern (fnmatch-free: the last one or two keys) -> remedy. The value form is (path, value).
+# Last two keys of the path (or the one top-level key) -> remedy; `=value` marks a value rather than a key.
 _STALE_KEYS: dict[str, str] = {
     'attn_config.prefix_lm': 'prefix-LM attention was removed; delete the key',
     'attn_config.attn_impl=triton': 'the triton kernel was removed; use flash or torch',
     'ffn_config.ffn_type=mptgeglu': "renamed to 'mptglu'",
-    'model.attn_impl': 'moved: write model.attn_config.attn_impl',
-    'model.alibi': 'moved: write model.attn_config.alibi',
     'model.attn_qk_ln': 'moved: write model.attn_config.qk_ln',
     'model.attn_clip_qkv': 'moved: write model.attn_config.clip_qkv',
-    'model.softmax_scale': 'moved: write model.attn_config.softmax_scale',
-    'model.attn_pdrop': 'moved: write model.attn_config.attn_pdrop',
-    'model.attn_uses_sequence_id': 'moved: write model.attn_config.attn_uses_sequence_id',
     'model.mlp_ratio': 'renamed: write model.expansion_ratio',
     'model.param_init_fn': 'moved: write model.init_config.name',
-    'model.init_std': 'moved: write model.init_config.init_std',
-    'model.emb_init_std': 'moved: write model.init_config.emb_init_std',
     'model.verbose': 'removed: the parameter table is always logged; delete the key',
     'model.gradient_checkpointing': 'write fsdp_config.activation_checkpointing',
     'model.low_precision_layernorm': 'write model.norm_type: low_precision_layernorm',
@@ -49,9 +45,23 @@ _STALE_KEYS: dict[str, str] = {
 
 
 def stale_key_hint(path: KeyPath, value: str | None = None) -> str | None:
-    """The remedy for a key (or, with ``value``, for a value) of an earlier release; None if it never existed."""
+    """The remedy for a key (or, with ``value``, for a value) of an earlier release, or that belongs elsewhere; else None."""
     suffix = '' if value is None else f'={value}'
-    return _STALE_KEYS.get('.'.join(path[-2:]) + suffix) or (_STALE_KEYS.get(path[0] + suffix) if len(path) == 1 else None)
+    stale = _STALE_KEYS.get('.'.join(path[-2:]) + suffix) or (_STALE_KEYS.get(path[0] + suffix) if len(path) == 1 else None)
+    return stale or (_misplaced_hint(path) if value is None else None)
+
+
+_HOMES: tuple[tuple[str, type[Block]], ...] = (('', TrainConfig), ('model', MPTBlock), ('model.attn_config', AttnBlock), ('model.ffn_config', FfnBlock), ('model.init_config', InitBlock))
+
+
+def _misplaced_hint(path: KeyPath) -> str | None:
+    """Where a key belongs that is right elsewhere: ``attn_impl`` directly under ``model``, ``d_model`` at the top level."""
+    if len(path) > 1 and path[0] != 'model' or path[-1] == 'name':
+        return None
+    for home, block in _HOMES:
+        if path[-1] in block.model_fields and home != '.'.join(path[:-1]):
+            return f'write it as {home}.{path[-1]}' if home else 'it belongs at the top level'
+    return None
 
 
 def referenced_names(text: str) -> set[str]:
@@ -77,6 +87,9 @@ def split_top_level_variables(config: Mapping[str, Any], known_keys: set[str], t
     return rest, old
 
 
-def variables_note(names: Any) -> str:
-    """The one line about top-level variables."""
-    return f'top-level {", ".join(names)}: used for interpolation only; newer files put such names under `variables:`'
+def variables_notes(variables: Iterable[str], text: str) -> list[str]:
+    """One line about top-level variables that the text interpolates, and one about those without effect."""
+    used = [name for name in variables if name in referenced_names(text)]
+    unused = [name for name in variables if name not in used]
+    notes = [f'top-level {", ".join(used)}: used for interpolation only; newer files put such names under `variables:`'] if used else []
+    return notes + ([f'top-level {", ".join(unused)}: no effect, since nothing in the file interpolates it'] if unused else [])

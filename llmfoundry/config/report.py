@@ -76,6 +76,8 @@ class Report:
         return (tuple(path.split('.')) if isinstance(path, str) else path) in self._paths
 
     def _place(self, path: KeyPath) -> tuple[str | None, int | None]:
+        if path not in self.lines and any(key[: len(path)] == path for key in self.overridden):
+            return COMMAND_LINE, None
         for length in range(len(path), 0, -1):
             part = path[:length]
             if part in self.overridden:

@@ -31,6 +31,7 @@ def iter_loaders(config: Config) -> Iterator[tuple[KeyPath, Mapping[str, Any]]]:
 
 
 def times_are_times(config: Config, report: Report) -> None:
+    """Durations and intervals are times, and the run has a length."""
     for key in _TIME_KEYS:
         problem = time_problem(config.get(key))
         if problem:
@@ -61,11 +62,13 @@ def batch_sizes_fit(config: Config, report: Report) -> None:
 
 
 def auto_microbatch_excludes_profiler(config: Config, report: Report) -> None:
+    """The search for a microbatch size cannot be profiled."""
     if config.get('profiler') is not None and config.get('device_train_microbatch_size', 'auto') == 'auto':
         report.add('device_train_microbatch_size', "'auto' and `profiler` cannot be combined, because the search for a size would be profiled; give a number")
 
 
 def eval_loader_lists_have_labels(config: Config, report: Report) -> None:
+    """Each of several evaluation loaders has a label of its own."""
     for key in ('eval_loader', 'eval_loaders'):
         labels: dict[str, int] = {}
         for index, item in enumerate(config[key] if isinstance(config.get(key), list) else ()):
@@ -86,6 +89,7 @@ def one_of_two_spellings(config: Config, report: Report) -> None:
 
 
 def t5_limits(config: Config, report: Report) -> None:
+    """Encoder-decoder models take neither plain text nor in-context-learning tasks."""
     if lookup(config, 'model.name') != 'hf_t5':
         return
     for path, loader in iter_loaders(config):
@@ -96,22 +100,26 @@ def t5_limits(config: Config, report: Report) -> None:
 
 
 def no_training_in_8bit(config: Config, report: Report) -> None:
+    """Weights in 8 bits cannot be trained."""
     if lookup(config, 'model.load_in_8bit'):
         report.add('model.load_in_8bit', 'is for evaluation only; delete the key to train')
 
 
 def megablocks_need_original_parameters(config: Config, report: Report) -> None:
+    """Experts spread over ranks need FSDP to keep the original parameters."""
     moe_ranks = lookup(config, 'model.ffn_config.moe_world_size', 1)
     if str(lookup(config, 'model.ffn_config.ffn_type', '')).startswith('mb_') and moe_ranks > 1 and lookup(config, 'fsdp_config.use_orig_params') is False:
         report.add('fsdp_config.use_orig_params', f'must be true with megablocks and moe_world_size {moe_ranks} > 1')
 
 
 def tensor_parallelism_excludes_experts(config: Config, report: Report) -> None:
+    """Tensor parallelism has no plan for experts."""
     if config.get('tp_config') is not None and 'moe' in str(lookup(config, 'model.ffn_config.ffn_type', '')):
         report.add('tp_config', 'tensor parallelism does not work with mixture-of-experts layers')
 
 
 def autoresume_needs_names(config: Config, report: Report) -> None:
+    """Resuming finds its checkpoint by run name and folder."""
     if config.get('autoresume'):
         for key in ('run_name', 'save_folder'):
             if config.get(key) is None:
@@ -119,6 +127,7 @@ def autoresume_needs_names(config: Config, report: Report) -> None:
 
 
 def single_checkpoint_modes(config: Config, report: Report) -> None:
+    """The modes that write one checkpoint and stop need what writes it, and exclude each other."""
     callbacks = config.get('callbacks') or {}
     if config.get('only_hf_checkpoint') and 'hf_checkpointer' not in callbacks:
         report.add('only_hf_checkpoint', 'needs the callback hf_checkpointer, which writes the checkpoint')
@@ -148,7 +157,8 @@ def datasets_name_their_data(config: Config, report: Report) -> None:
             report.add((*here, 'max_seq_len'), f'must not exceed model.max_seq_len {limit}, got {length}')
 
 
-def workers_and_prefetch(config: Config, report: Report) -> None:
+def worker_counts(config: Config, report: Report) -> None:
+    """Loaders have zero or more workers."""
     for path, loader in iter_loaders(config):
         workers = loader.get('num_workers')
         if workers is not None and workers < 0:
@@ -162,7 +172,8 @@ def warmup_fits(config: Config, report: Report) -> None:
         report.add('scheduler.t_warmup', f'must not exceed t_max {config["scheduler"]["t_max"]}, got {config["scheduler"]["t_warmup"]}')
 
 
-def positive_optimizer_settings(config: Config, report: Report) -> None:
+def optimizer_ranges(config: Config, report: Report) -> None:
+    """Learning rate and betas are in their ranges."""
     rate = lookup(config, 'optimizer.lr')
     if isinstance(rate, (int, float)) and rate < 0:
         report.add('optimizer.lr', f'must not be negative, got {rate}')
@@ -172,6 +183,7 @@ def positive_optimizer_settings(config: Config, report: Report) -> None:
 
 
 def metadata_keys_are_free(config: Config, report: Report) -> None:
+    """Flattened metadata does not hide a key of the config."""
     if config.get('flatten_metadata', True):
         for key in config.get('metadata') or {}:
             if key in config:
@@ -179,11 +191,13 @@ def metadata_keys_are_free(config: Config, report: Report) -> None:
 
 
 def mpt_block_is_consistent(config: Config, report: Report) -> None:
+    """The rules of the MPT block hold."""
     if lookup(config, 'model.name') == 'mpt_causal_lm':
         check_mpt_rules(config['model'], report)
 
 
 def gauntlet_is_consistent(config: Config, report: Report) -> None:
+    """The gauntlet has a known weighting and a list of categories."""
     gauntlet = config.get('eval_gauntlet')
     if not isinstance(gauntlet, Mapping):
         return
@@ -198,7 +212,7 @@ def gauntlet_is_consistent(config: Config, report: Report) -> None:
 _RULES: tuple[Callable[[Config, Report], None], ...] = (
     times_are_times, batch_sizes_fit, auto_microbatch_excludes_profiler, eval_loader_lists_have_labels, one_of_two_spellings, t5_limits, no_training_in_8bit,
     megablocks_need_original_parameters, tensor_parallelism_excludes_experts, autoresume_needs_names, single_checkpoint_modes, datasets_name_their_data,
-    workers_and_prefetch, warmup_fits, positive_optimizer_settings, metadata_keys_are_free, mpt_block_is_consistent, gauntlet_is_consistent,
+    worker_counts, warmup_fits, optimizer_ranges, metadata_keys_are_free, mpt_block_is_consistent, gauntlet_is_consistent,
 )  # fmt: skip
 
 

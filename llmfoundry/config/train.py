@@ -23,6 +23,7 @@ class TrainConfig(Block):
     """A training run. Frozen: nothing changes a setting after it was checked and shown."""
 
     DERIVED: ClassVar[frozenset[str]] = frozenset({'n_gpus', 'device_train_batch_size', 'device_train_grad_accum', 'device_eval_batch_size'})
+    """Mandatory fields that the loader computes when they are left out."""
 
     # What is trained, on what, how ------------------------------------------------------------------------------------------------------
     model: Named
@@ -172,7 +173,9 @@ class TrainConfig(Block):
     """Values for interpolation (``${variables.data_local}``); nothing reads them otherwise."""
 
     _notes: tuple[str, ...] = PrivateAttr(default=())
+    """See ``notes``."""
     _batch_summary: str = PrivateAttr(default='')
+    """See ``batch_summary``."""
 
     @property
     def notes(self) -> tuple[str, ...]:
