@@ -1,0 +1,129 @@
+"""``llmfoundry data_prep``: the converters of scripts/data_prep as sub-commands, and ``austen`` for the shipped corpus.
+
+Only signatures live here, so ``--help`` answers at once; flags may be written with underscores (as the scripts have them) or hyphens. Values of ``--splits`` may be
+separated by commas, by spaces, or given by repeating the flag.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from llmfoundry.typed_registry import resolve_target
+
+__all__ = ['app']
+
+_HOME = 'llmfoundry.command_utils.data_prep'
+app = typer.Typer(help='Convert text to MDS shards.', no_args_is_help=True)
+
+
+def _flag(name: str, help: str = '') -> Any:
+    return typer.Option(f'--{name}', f'--{name.replace("_", "-")}', help=help)
+
+
+def _switch(name: str, help: str = '') -> Any:
+    return typer.Option(f'--{name}/--no-{name}', f'--{name.replace("_", "-")}', help=help, show_default=False)
+
+
+def _run(target: str, **arguments: Any) -> None:
+    command = resolve_target(f'{_HOME}.{target}')
+    resolve_target(f'{_HOME}.options:exit_on_user_errors')(lambda: command(**arguments))
+
+
+OutRoot = Annotated[str, _flag('out_root', 'Folder or URI of the shards.')]
+Compression = Annotated[str | None, _flag('compression', 'Of the shards: zstd, gz, bz2, br, snappy, with a level as in zstd:7; "" for none.')]
+Tokens = Annotated[int, _flag('concat_tokens', 'Cut into samples of this many tokens.')]
+OptionalTokens = Annotated[int | None, _flag('concat_tokens', 'Tokenise, and cut into samples of this many tokens.')]
+Tokenizer = Annotated[str, _flag('tokenizer', 'llmfoundry://gpt2, a local folder, or a name on the Hugging Face Hub.')]
+OptionalTokenizer = Annotated[str | None, _flag('tokenizer', 'llmfoundry://gpt2, a local folder, or a name on the Hugging Face Hub.')]
+BosText = Annotated[str | None, _flag('bos_text', 'Text to put before each document.')]
+EosText = Annotated[str | None, _flag('eos_text', 'Text to put after each document.')]
+NoWrap = Annotated[bool, _flag('no_wrap', 'Drop what is left of a document at each cut.')]
+Processes = Annotated[int | None, _flag('processes', 'Tokenising processes (default: one per core); the shards do not depend on it.')]
+OnBadRow = Annotated[str, _flag('on_bad_row', 'stop at an unusable row, or skip, count and list it.')]
+
+
+@app.command('convert_dataset_hf', context_settings={'allow_extra_args': True})
+def convert_dataset_hf(
+    context: typer.Context,
+    dataset: Annotated[str, _flag('dataset', 'allenai/c4 (or c4), the_pile, or a folder or URI with files per split.')],
+    out_root: OutRoot,
+    data_subset: Annotated[str | None, _flag('data_subset', 'Configuration on the Hub, such as en.')] = None,
+    splits: Annotated[list[str], _flag('splits', 'Separated by commas or spaces.')] = ['train, train_small, val, val_small, val_xsmall'],  # noqa: B006
+    compression: Compression = None,
+    concat_tokens: OptionalTokens = None,
+    tokenizer: OptionalTokenizer = None,
+    tokenizer_kwargs: Annotated[str | None, _flag('tokenizer_kwargs', 'JSON object.')] = None,
+    bos_text: BosText = None,
+    eos_text: EosText = None,
+    no_wrap: NoWrap = False,
+    num_workers: Annotated[int | None, typer.Option('--num_workers', '--num-workers', '--processes', help='Tokenising processes (default: one per core).')] = None,
+    on_bad_row: OnBadRow = 'stop',
+) -> None:
+    """C4, the Pile, or a folder with files per split -> one folder of shards per split."""
+    _run(
+        'convert_dataset_hf:convert_dataset_hf_from_args',
+        dataset=dataset, data_subset=data_subset, splits=[*splits, *context.args], out_root=out_root, compression=compression, concat_tokens=concat_tokens,
+        tokenizer=tokenizer, tokenizer_kwargs=tokenizer_kwargs, bos_text=bos_text, eos_text=eos_text, no_wrap=no_wrap, processes=num_workers, on_bad_row=on_bad_row,
+    )
+
+
+@app.command('convert_dataset_json')
+def convert_dataset_json(
+    path: Annotated[str, _flag('path', 'File, folder or URI of .json/.jsonl, plain or compressed.')],
+    out_root: OutRoot,
+    concat_tokens: Tokens,
+    tokenizer: Tokenizer,
+    compression: Compression = 'zstd',
+    split: Annotated[str, _flag('split', 'Which files of the folder, if their names carry split names.')] = 'train',
+    bos_text: BosText = None,
+    eos_text: EosText = None,
+    no_wrap: NoWrap = False,
+    processes: Processes = None,
+    on_bad_row: OnBadRow = 'stop',
+) -> None:
+    """JSON rows with a "text" -> shards in OUT_ROOT."""
+    _run(
+        'convert_dataset_json:convert_dataset_json_from_args',
+        path=path, out_root=out_root, compression=compression, concat_tokens=concat_tokens, split=split, tokenizer=tokenizer, bos_text=bos_text, eos_text=eos_text,
+        no_wrap=no_wrap, processes=processes, on_bad_row=on_bad_row,
+    )
+
+
+@app.command('convert_text_to_mds')
+def convert_text_to_mds(
+    output_folder: Annotated[str, _flag('output_folder', 'Folder (empty or absent) or URI.')],
+    input_folder: Annotated[str, _flag('input_folder', 'Folder or URI with .txt files at any depth.')],
+    concat_tokens: Tokens,
+    tokenizer: Tokenizer,
+    compression: Compression = 'zstd',
+    bos_text: BosText = None,
+    eos_text: EosText = None,
+    use_tokenizer_eos: Annotated[bool, _flag('use_tokenizer_eos', "Put the tokenizer's EOS after each file.")] = False,
+    no_wrap: NoWrap = False,
+    processes: Annotated[int | None, _flag('processes', 'Tokenising processes (default: all cores but two, at least 1, at most 32).')] = None,
+    reprocess: Annotated[bool, _switch('reprocess', 'Convert even if the done file says that it is done.')] = False,
+    trust_remote_code: Annotated[bool, _flag('trust_remote_code', "Run the tokenizer's own code from the Hub.")] = False,
+    logging_level: Annotated[str, _flag('logging_level')] = 'INFO',
+    on_bad_row: OnBadRow = 'stop',
+) -> None:
+    """A folder of .txt files -> shards in OUTPUT_FOLDER."""
+    _run(
+        'convert_text_to_mds:convert_text_to_mds_from_args',
+        output_folder=output_folder, input_folder=input_folder, concat_tokens=concat_tokens, tokenizer=tokenizer, compression=compression, bos_text=bos_text,
+        eos_text=eos_text, use_tokenizer_eos=use_tokenizer_eos, no_wrap=no_wrap, processes=processes, reprocess=reprocess, trust_remote_code=trust_remote_code,
+        logging_level=logging_level, on_bad_row=on_bad_row,
+    )
+
+
+@app.command('austen')
+def austen(
+    out_root: OutRoot,
+    concat_tokens: Annotated[int, _flag('concat_tokens', 'Cut into samples of this many tokens.')] = 2048,
+    tokenizer: Annotated[str, _flag('tokenizer')] = 'llmfoundry://gpt2',
+    eos_text: Annotated[str, _flag('eos_text', 'Text to put after each chapter.')] = '<|endoftext|>',
+    processes: Processes = None,
+) -> None:
+    """The shipped corpus, Jane Austen's six novels -> OUT_ROOT/train and OUT_ROOT/val (held-out chapters)."""
+    _run('austen:prepare_austen', out_root=out_root, concat_tokens=concat_tokens, tokenizer=tokenizer, eos_text=eos_text, processes=processes)

@@ -1,0 +1,143 @@
+"""From raw bytes of an input file to texts, with every unusable row named by file and line. Pure functions, run in the workers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+__all__ = ['BadRow', 'Document', 'Segment', 'documents_of', 'text_of_row']
+
+TEXT_COLUMN = 'text'
+
+
+class Segment(NamedTuple):
+    """A piece of one input file.
+
+    ``kind`` says what ``data`` is: ``jsonl`` (bytes of whole lines), ``text`` (bytes of running text), ``rows`` (a list of texts, or of BadRow messages). ``first`` is the 1-based number of the
+    first line or row; ``starts`` and ``ends`` say whether the file's first and last byte are in it (text only).
+    """
+
+    kind: str
+    file: str
+    first: int
+    data: Any
+    starts: bool = True
+    ends: bool = True
+
+
+class BadRow(NamedTuple):
+    """A row that cannot be used. ``line`` is 1-based; None when the whole file is meant."""
+
+    file: str
+    line: int | None
+    message: str
+
+
+class Document(NamedTuple):
+    """A text, and whether separators belong before and after it."""
+
+    text: str
+    bos: bool = True
+    eos: bool = True
+
+
+def documents_of(segment: Segment) -> tuple[list[Document], list[BadRow]]:
+    """The documents of a segment, in order, and its unusable rows."""
+    return {'jsonl': _from_jsonl, 'text': _from_text, 'rows': _from_rows}[segment.kind](segment)
+
+
+def text_of_row(row: Any) -> str:
+    """The text of a decoded JSON row.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be a JSON object with a 'text' field, got {_kind(row)}")
+    if TEXT_COLUMN not in row:
+        keys = ', '.join(repr(k) for k in sorted(row)[:8])
+        raise ValueError(f"no 'text' field; the row has {keys or 'no fields'}")
+    return checked_text(row[TEXT_COLUMN])
+
+
+def checked_text(value: Any) -> str:
+    """``value`` if it is text that can be encoded.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"'text' must be a string, got {_kind(value)}")
+    if not value.isascii():
+        try:
+            value.encode('utf-8')
+        except UnicodeEncodeError as e:
+            raise ValueError(f"'text' holds half of a surrogate pair (\\u{ord(value[e.start]):04x} at character {e.start}), which is no Unicode text") from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): 'null', bool: 'a boolean', int: 'a number', float: 'a number', list: 'an array', dict: 'an object', str: 'a string'}
+    return names.get(type(value), type(value).__name__)
+
+
+def _from_jsonl(segment: Segment) -> tuple[list[Document], list[BadRow]]:
+    documents, bad = [], []
+    try:
+        # Split at newlines only: str.splitlines would also cut at characters that may stand inside JSON strings.
+        lines: list[Any] = segment.data.decode('utf-8').split('\n')
+    except UnicodeDecodeError:
+        lines = segment.data.split(b'\n')
+    for number, line in enumerate(lines, segment.first):
+        if not line or line.isspace():
+            continue
+        try:
+            documents.append(Document(_text_of_line(line, number)))
+        except ValueError as e:
+            bad.append(BadRow(segment.file, number, str(e)))
+    return documents, bad
+
+
+def _text_of_line(line: str | bytes, number: int) -> str:
+    if isinstance(line, bytes):
+        line = _decode(line)
+    if number == 1 and line.startswith('\ufeff'):
+        line = line[1:]
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as e:
+        shown = line.strip()
+        shown = shown if len(shown) <= 40 else shown[:40] + '...'
+        raise ValueError(f'not JSON ({e.msg} at column {e.colno}): {shown}') from None
+    except RecursionError:
+        raise ValueError('not usable JSON: nested too deeply') from None
+    return text_of_row(row)
+
+
+def _decode(data: bytes) -> str:
+    try:
+        return data.decode('utf-8')
+    except UnicodeDecodeError as e:
+        raise ValueError(f'not UTF-8 (byte 0x{data[e.start]:02x} at byte {e.start} of the line)') from None
+
+
+def _from_text(segment: Segment) -> tuple[list[Document], list[BadRow]]:
+    try:
+        text = segment.data.decode('utf-8')
+    except UnicodeDecodeError as e:
+        message = f'not UTF-8 (byte 0x{segment.data[e.start]:02x}, {segment.first - 1 + e.start} bytes into the file)'
+        return [], [BadRow(segment.file, None, message)]
+    return [Document(text, segment.starts, segment.ends)], []
+
+
+def _from_rows(segment: Segment) -> tuple[list[Document], list[BadRow]]:
+    documents, bad = [], []
+    for number, value in enumerate(segment.data, segment.first):
+        if isinstance(value, BadRow):
+            bad.append(value)
+            continue
+        try:
+            documents.append(Document(checked_text(value)))
+        except ValueError as e:
+            bad.append(BadRow(segment.file, number, str(e)))
+    return documents, bad
