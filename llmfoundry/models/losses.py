@@ -96,7 +96,7 @@ def fused_linear_cross_entropy(
     if hidden.is_cuda and bias is None and _liger_function() is not None:
         return _liger_cross_entropy(hidden, weight, targets, logit_scale, softcap, ignore_index)
     chunk_bytes = chunk_bytes or DEFAULT_CHUNK_BYTES.get(hidden.device.type, DEFAULT_CHUNK_BYTES['cuda'])
-    return _chunked(hidden, weight, bias, targets, HeadOptions(logit_scale or 1.0, softcap, chunk_bytes, torch.is_grad_enabled()), ignore_index)
+    return _chunked(hidden, weight, bias, targets, HeadOptions(1.0 if logit_scale is None else logit_scale, softcap, chunk_bytes, torch.is_grad_enabled()), ignore_index)
 
 
 @torch.compiler.disable
