@@ -262,9 +262,7 @@ def _check_compile(report: Report, path: KeyPath, block: Mapping[str, Any]) -> N
 
 
 def _check_profiler(report: Report, path: KeyPath, block: Mapping[str, Any]) -> None:
-    if 'schedule' not in block:
-        report.add((*path, 'schedule'), 'missing: this key is mandatory (skip_first, wait, warmup, active, repeat)')
-    check_kwargs(report, path, block, read_signature('composer.profiler:Profiler'), ('trace_handlers',), ('schedule', 'json_trace_handler'))
+    check_kwargs(report, path, block, read_signature('composer.profiler:Profiler'), ('trace_handlers',), ('json_trace_handler',))
     for key, target in (('schedule', 'composer.profiler:cyclic_schedule'), ('json_trace_handler', 'composer.profiler:JSONTraceHandler')):
         if block.get(key) is not None and expect_mapping(report, (*path, key), block[key]):
             check_kwargs(report, (*path, key), block[key], read_signature(target))

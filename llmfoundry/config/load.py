@@ -76,6 +76,7 @@ def load_dict(source: str | os.PathLike | Mapping[str, Any], overrides: Sequence
     with _without_env_resolver():
         config = _resolve(tree, (), failures)
     _report_failures(tree, failures, report)
+    _find_aliases(tree, (), report.aliases)
     text = yaml_source.text or OmegaConf.to_yaml(tree)
     return config, report, '\n'.join([text, *overrides])
 
@@ -137,6 +138,20 @@ def _report_failures(tree: DictConfig, failures: Mapping[KeyPath, tuple[str, str
     for path, (raw, reason) in failures.items():
         if not any(name in failed_names and name != '.'.join(path) for name in _REFERENCE.findall(raw)) or 'ecursive' in reason:
             report.add(path, _interpolation_message(tree, raw, reason))
+        else:
+            report.mark(path)
+
+
+def _find_aliases(node: Any, path: KeyPath, aliases: dict[KeyPath, KeyPath]) -> None:
+    """Notes every value that is nothing but ``${absolute.name}``."""
+    for key in (node if isinstance(node, DictConfig) else range(len(node))):
+        child, here = node._get_node(key), (*path, str(key))
+        if isinstance(child, (DictConfig, ListConfig)) and not child._is_interpolation() and not child._is_none() and not child._is_missing():
+            _find_aliases(child, here, aliases)
+        elif child is not None and child._is_interpolation():
+            match = _REFERENCE.fullmatch(str(child._value()))
+            if match:
+                aliases[here] = tuple(match.group(1).split('.'))
 
 
 def _interpolation_message(tree: DictConfig, raw: str, reason: str) -> str:

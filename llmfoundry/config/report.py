@@ -23,7 +23,7 @@ def nearest(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
     by_form = {v.lower().replace('-', '_'): v for v in sorted(valid)}
     form = name.lower().replace('-', '_')
     found = difflib.get_close_matches(form, by_form, n=1, cutoff=cutoff)
-    if not found and len(form) >= 4:
+    if not found and len(form) >= 3:
         found = [v for v in by_form if form in v]
     return by_form[found[0]] if found else None
 
@@ -44,27 +44,39 @@ class Report:
     Args:
         lines: key path -> line (1-based) in the YAML file.
         source: name of the file, or None when the config is a dict.
+
+    Attributes:
         overridden: key paths that were set on the command line.
+        aliases: path of a value that is nothing but ``${name}`` -> path of what it names; what is wrong there is not repeated here.
+        suggested: paths that were named as the right spelling of another key, so that they are not reported as missing too.
     """
 
-    def __init__(self, lines: Mapping[KeyPath, int] | None = None, source: str | None = None, overridden: Iterable[KeyPath] = ()) -> None:
+    def __init__(self, lines: Mapping[KeyPath, int] | None = None, source: str | None = None) -> None:
         self.lines = dict(lines or {})
         self.source = source
-        self.overridden = set(overridden)
-        self.problems: list[ConfigProblem] = []
-        self._paths: set[KeyPath] = set()
+        self.overridden: set[KeyPath] = set()
+        self.aliases: dict[KeyPath, KeyPath] = {}
+        self.suggested: set[KeyPath] = set()
+        self._problems: dict[KeyPath, list[ConfigProblem]] = {}
 
     def add(self, path: KeyPath | str, message: str) -> None:
         """Notes a problem at ``path``."""
         path = tuple(path.split('.')) if isinstance(path, str) else tuple(path)
-        self._paths.add(path)
         where, line = self._place(path)
-        self.problems.append(ConfigProblem('.'.join(path) or 'config', message, line, where))
+        problem = ConfigProblem('.'.join(path) or 'config', message, line, where)
+        if problem not in self._problems.setdefault(path, []):
+            self._problems[path].append(problem)
+
+    def mark(self, path: KeyPath) -> None:
+        """Makes ``has(path)`` true without a line of its own: the cause is reported elsewhere."""
+        self._problems.setdefault(path, [])
 
     def add_unknown(self, path: KeyPath, valid: Iterable[str], hint: str | None = None) -> None:
         """Notes a key that is not among ``valid``, with the nearest one."""
         valid = sorted(valid)
         near = nearest(path[-1], valid)
+        if near is not None:
+            self.suggested.add((*path[:-1], near))
         if hint is None and near is not None:
             hint = f'did you mean {near!r}?'
         elif hint is None and len(valid) <= 12:
@@ -73,7 +85,7 @@ class Report:
 
     def has(self, path: KeyPath | str) -> bool:
         """Whether a problem was noted at exactly this path."""
-        return (tuple(path.split('.')) if isinstance(path, str) else path) in self._paths
+        return (tuple(path.split('.')) if isinstance(path, str) else path) in self._problems
 
     def _place(self, path: KeyPath) -> tuple[str | None, int | None]:
         if path not in self.lines and any(key[: len(path)] == path for key in self.overridden):
@@ -91,15 +103,31 @@ class Report:
 
         def keep(value: Any, path: KeyPath) -> Any:
             if isinstance(value, Mapping):
-                return {k: keep(v, (*path, k)) for k, v in value.items() if v is not UNRESOLVED and (*path, k) not in self._paths}
+                return {k: keep(v, (*path, k)) for k, v in value.items() if v is not UNRESOLVED and (*path, k) not in self._problems}
             if isinstance(value, list):
-                return [keep(v, (*path, str(i))) for i, v in enumerate(value) if v is not UNRESOLVED and (*path, str(i)) not in self._paths]
+                return [keep(v, (*path, str(i))) for i, v in enumerate(value) if v is not UNRESOLVED and (*path, str(i)) not in self._problems]
             return value
 
         return keep(config, ())
 
+    @property
+    def problems(self) -> list[ConfigProblem]:
+        """All problems in the order of the file, those of the command line last."""
+        listed = [p for path, problems in self._problems.items() if not self._is_repeated(path) for p in problems]
+        return sorted(listed, key=lambda p: (p.line is None, p.line or 0))
+
+    def _is_repeated(self, path: KeyPath) -> bool:
+        """Whether the value at ``path`` only repeats one for which there is a problem already."""
+        seen, root = {path}, path
+        while root in self.aliases:
+            root = self.aliases[root]
+            if root in seen:
+                return False
+            seen.add(root)
+        return root != path and bool(self._problems.get(root))
+
     def raise_if_any(self) -> None:
-        """Raises one ``ConfigError`` with all problems, in the order of the file."""
-        if self.problems:
-            ordered = sorted(self.problems, key=lambda p: (p.line is None, p.line or 0))
-            raise ConfigError(ordered, source=self.source)
+        """Raises one ``ConfigError`` with all problems."""
+        problems = self.problems
+        if problems:
+            raise ConfigError(problems, source=self.source)

@@ -12,6 +12,7 @@ from llmfoundry.config.batch_size import calculate_batch_size_info
 from llmfoundry.config.mpt_rules import check_mpt_rules
 from llmfoundry.config.report import KeyPath, Report, lookup
 from llmfoundry.config.times import parse_time, time_problem
+from llmfoundry.config.train import TrainConfig
 
 __all__ = ['check_rules', 'iter_loaders']
 
@@ -45,7 +46,7 @@ def batch_sizes_fit(config: Config, report: Report) -> None:
     """The global batch divides by the processes, and the microbatch is positive."""
     batch = config.get('global_train_batch_size')
     if batch is None:
-        if not report.has('global_train_batch_size'):
+        if not report.has('global_train_batch_size') and ('global_train_batch_size',) not in report.suggested:
             report.add('global_train_batch_size', 'missing: set the number of samples per optimizer step over all devices')
         return
     microbatch = config.get('device_train_microbatch_size', 'auto')
@@ -186,7 +187,7 @@ def metadata_keys_are_free(config: Config, report: Report) -> None:
     """Flattened metadata does not hide a key of the config."""
     if config.get('flatten_metadata', True):
         for key in config.get('metadata') or {}:
-            if key in config:
+            if key in TrainConfig.model_fields:
                 report.add(('metadata', key), 'is also a key of the config, so the flattened log would hold two values; rename it or set flatten_metadata: false')
 
 

@@ -106,7 +106,7 @@ class TrainConfig(Block):
     # Logging
     run_name: str | None = None
     """Name of the run, also ``{run_name}`` in folders; by default the variable RUN_NAME, else Composer invents one."""
-    loggers: dict[str, Named | None] | None = None
+    loggers: Named | None = None
     """Logger name -> arguments."""
     progress_bar: bool = False
     """Shows a bar instead of lines; off because log files want lines."""
@@ -126,9 +126,9 @@ class TrainConfig(Block):
     """Composer profiler: ``schedule``, ``json_trace_handler`` and arguments of the profiler."""
 
     # Additions to the loop
-    callbacks: dict[str, Named | None] | None = None
+    callbacks: Named | None = None
     """Callback name -> arguments."""
-    algorithms: dict[str, Named | None] | None = None
+    algorithms: Named | None = None
     """Algorithm name -> arguments, for example gradient_clipping."""
     code_paths: list[str] | None = None
     """Python files executed first, so that they can register components."""

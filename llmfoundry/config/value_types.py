@@ -124,6 +124,8 @@ def describe_type(tp: Any) -> str:
         return values[0] if len(values) == 1 else 'one of ' + ', '.join(values)
     if kind == 'union':
         words = list(dict.fromkeys(describe_type(m) for m in typing.get_args(tp)))
+        if 'anything' in words:
+            return 'anything'
         return words[0] if len(words) == 1 else ', '.join(words[:-1]) + ' or ' + words[-1]
     args = typing.get_args(tp)
     if kind == 'list':

@@ -19,7 +19,6 @@ __all__ = ['YamlSource', 'read_yaml']
 
 _STR_TAG = 'tag:yaml.org,2002:str'
 _MERGE_TAG = 'tag:yaml.org,2002:merge'
-_Loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
 
 
 @dataclass
@@ -40,9 +39,11 @@ def read_yaml(path: str | os.PathLike) -> YamlSource:
     name = os.fspath(path)
     text = _read_text(name)
     try:
-        root = yaml.compose(text, Loader=_Loader)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as e:
-        raise _fail(name, _syntax_message(e), e.problem_mark.line + 1 if e.problem_mark else None) from None
+        # A forgotten colon is noticed one line too late; the context mark is where the key began.
+        mark = e.context_mark if 'could not find expected' in (e.problem or '') else e.problem_mark
+        raise _fail(name, _syntax_message(e), mark.line + 1 if mark else None) from None
     except yaml.YAMLError as e:
         raise _fail(name, f'not valid YAML: {e}', None) from None
     if root is None:
