@@ -58,7 +58,7 @@ def is_transformers_version_gte(hf_version: str) -> bool:
     return version.parse(metadata.version('transformers')) >= version.parse(hf_version)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _flash_version() -> version.Version | None:
     if importlib.util.find_spec('flash_attn') is None:
         return None
