@@ -54,15 +54,19 @@ def largest_fitting(limit: int, fits: Callable[[int], bool]) -> int:
     return good
 
 
-def predict_peak(measured: Mapping[int, int], size: int) -> int:
-    """Bytes that a microbatch of ``size`` would need, from measured ``{size: bytes}``: 0 without a measurement, then proportional, then linear through the two largest."""
+def predict_peak(measured: Mapping[int, int], size: int, fixed: int = 0) -> int:
+    """Bytes that a microbatch of ``size`` would need, from measured ``{size: bytes}``.
+
+    0 without a measurement; with one, what exceeds ``fixed`` (the gradients) grows in proportion; with more, a line through the two largest.
+    """
     if size in measured:
         return measured[size]
     points = sorted(measured.items())
     if not points:
         return 0
     if len(points) == 1:
-        return points[0][1] * size // points[0][0]
+        fixed = min(fixed, points[0][1])
+        return fixed + (points[0][1] - fixed) * size // points[0][0]
     (s0, b0), (s1, b1) = points[-2:]
     return int(b1 + max(b1 - b0, 0) / (s1 - s0) * (size - s1))
 
@@ -108,17 +112,13 @@ class MicrobatchProbe:
         self.sharded = bool(self.state.fsdp_enabled)
         self.measured: dict[int, int] = {}
         self.meter = memory.PeakMeter(self.device_type)
-        self.budget = int(self.meter.available() * USABLE_FRACTION[self.device_type]) - self._optimizer_bytes()
-
-    def _optimizer_bytes(self) -> int:
-        if any(o.state for o in self.state.optimizers):
-            return 0
-        weights = sum(memory.local_bytes(p) for p in self.model.parameters() if p.requires_grad)
-        return OPTIMIZER_VALUES_PER_WEIGHT * weights
+        self.gradient_bytes = sum(memory.local_bytes(p) for p in self.model.parameters() if p.requires_grad)
+        optimizer_bytes = 0 if any(o.state for o in self.state.optimizers) else OPTIMIZER_VALUES_PER_WEIGHT * self.gradient_bytes
+        self.budget = int(self.meter.available() * USABLE_FRACTION[self.device_type]) - optimizer_bytes
 
     def fits(self, size: int) -> bool:
         """Whether ``size`` fits on every rank. Collective."""
-        predicted = predict_peak(self.measured, size)
+        predicted = predict_peak(self.measured, size, self.gradient_bytes)
         if not dist.all_reduce_min(int(predicted <= self.budget)):
             log.info('auto microbatch: %d would need %s of %s bytes', size, f'{predicted:,}', f'{self.budget:,}')
             return False

@@ -257,9 +257,15 @@ def fit(trainer: Trainer) -> None:
     """Trains.
 
     Raises:
+        ConfigError: (a ValueError) the checkpoint that was loaded has reached ``max_duration``.
         DataError: a batch in which no token has a target, so that its mean loss does not exist.
         NaNLossError: the loss is not finite.
     """
+    end, now = trainer.state.max_duration, trainer.state.timestamp
+    if end is not None and now >= end:
+        raise ConfigError([ConfigProblem(
+            'max_duration', f'{end.to_timestring()} is reached already: the checkpoint {trainer.state.load_path} is at batch {int(now.batch)}. Raise max_duration to train on, or use another run_name.',
+        )])
     try:
         trainer.fit()
     except ZeroDivisionError as e:

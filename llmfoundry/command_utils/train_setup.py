@@ -74,6 +74,8 @@ def configure_process(max_split_size_mb: int | None, expandable_segments: bool, 
     else:
         # pin_memory stays true in YAMLs that are shared with GPU machines.
         warnings.filterwarnings('ignore', message=".*'pin_memory' argument is set as true but no accelerator")
+    # A warmup of 0ba is how YAMLs say "none".
+    warnings.filterwarnings('ignore', message='The warmup duration is 0')
     # torch announces, at every save of a sharded state dict, a change of its own internals.
     warnings.filterwarnings('ignore', category=UserWarning, message='torch.distributed.*_base is a private function')
     warnings.filterwarnings('ignore', category=FutureWarning, module='torch.distributed')
