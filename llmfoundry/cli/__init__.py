@@ -6,13 +6,12 @@ Mistakes of the user (a config, a data file, a name) print as one block without 
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 
 import typer
 
 from llmfoundry._version import __version__
-from llmfoundry.cli import config_commands, registry_commands
+from llmfoundry.cli import config_commands, data_prep, registry_commands
 from llmfoundry.errors import BaseContextualError, ConfigError, DataError
 from llmfoundry.typed_registry import RegistryError
 
@@ -33,8 +32,7 @@ app.command('train')(config_commands.train)
 app.command('validate')(config_commands.validate)
 app.command('schema')(config_commands.schema)
 app.add_typer(registry_commands.app, name='registry')
-if importlib.util.find_spec('llmfoundry.cli.data_prep') is not None:
-    app.add_typer(importlib.import_module('llmfoundry.cli.data_prep').app, name='data_prep')
+app.add_typer(data_prep.app, name='data_prep')
 
 
 def _print_version(wanted: bool) -> None:

@@ -113,8 +113,6 @@ def _logit_scale(m: _Model) -> None:
 
 
 def _init_config(m: _Model) -> None:
-    if 'init_config' in m.block and isinstance(m.block['init_config'], Mapping) and 'name' not in m.block['init_config']:
-        m.add('init_config', 'missing key: name (a name from the param_init_fns registry)')
     if m['init_config.name'] == 'baseline_' and m['init_config.init_std'] is None:
         m.add('init_config', 'baseline_ needs init_std')
     divisor = m['init_config.init_div_is_residual']
