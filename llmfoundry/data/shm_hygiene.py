@@ -21,6 +21,7 @@ import re
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from itertools import count
@@ -33,7 +34,7 @@ from streaming.base.constant import BARRIER_FILELOCK, SHM_TO_CLEAN
 
 from llmfoundry.errors import DataError
 
-__all__ = ['RunFolder', 'clean_dead_runs', 'exclusive_start', 'prefixes_in_use', 'runs_folder']
+__all__ = ['RunFolder', 'SharedFailure', 'clean_dead_runs', 'exclusive_start', 'prefixes_in_use', 'runs_folder']
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,47 @@ def clean_dead_runs() -> list[int]:
     if freed:
         log.info('Removed the shared memory of dead runs: %s', ', '.join(f'{p:06d}_*' for p in freed))
     return freed
+
+
+class SharedFailure(threading.Event):
+    """An event that is also set, within a moment, in every other process of the run's node: by a file, which holds the reason.
+
+    Streaming sets a plain Event when a download thread fails. Other workers do not see it, and one that waits for the same shard waits for ever.
+    """
+
+    _CHECK_EVERY_S = 0.1
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path = path
+        self._next_check = 0.0
+
+    def is_set(self) -> bool:
+        if super().is_set():
+            return True
+        if time.monotonic() >= self._next_check:
+            if os.path.exists(self._path):
+                super().set()
+                return True
+            self._next_check = time.monotonic() + self._CHECK_EVERY_S
+        return False
+
+    def publish(self, reason: str) -> None:
+        """Sets the event everywhere; the first reason is kept."""
+        # Written elsewhere and linked, so that no reader sees half of it.
+        temporary = f'{self._path}.{os.getpid()}.{threading.get_ident()}'
+        with contextlib.suppress(OSError):
+            Path(temporary).write_text(reason, encoding='utf-8')
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, self._path)
+            os.unlink(temporary)
+        self.set()
+
+    def reason(self) -> str:
+        """What was published, or an empty string."""
+        with contextlib.suppress(OSError):
+            return Path(self._path).read_text(encoding='utf-8')
+        return ''
 
 
 @contextlib.contextmanager

@@ -7,18 +7,25 @@ has, so a new release needs no change here. Retyping them (as public releases di
 from __future__ import annotations
 
 import difflib
+import hashlib
 import inspect
+import logging
 import os
+import tempfile
 from typing import Any, Iterable, Mapping
 
 from streaming import Stream, StreamingDataset
+from streaming.base.shuffle import algos as shuffle_algos
 
+from llmfoundry import dist
 from llmfoundry.errors import ConfigError, ConfigProblem
 
 __all__ = [
-    'DEFAULT_NUM_CANONICAL_NODES', 'DEFAULT_SHUFFLE_BLOCK_SIZE', 'build_streams', 'is_local_only', 'streaming_argument_names', 'stream_argument_names', 'unknown_key_problems',
+    'DEFAULT_NUM_CANONICAL_NODES', 'DEFAULT_SHUFFLE_BLOCK_SIZE', 'build_streams', 'default_cache_folder', 'is_local_only', 'order_problems', 'streaming_argument_names', 'stream_argument_names', 'unknown_key_problems',
     'validate_ds_replication', 'with_order_defaults',
 ]
+
+log = logging.getLogger(__name__)
 
 # Streaming's own default is the number of nodes, so the same YAML would give another order on another cluster. 1 is the only value that every
 # number of nodes is a multiple of, and it keeps unshuffled data in the order in which they were written. Its cost: every node downloads every shard once; with a remote and
@@ -79,12 +86,27 @@ def build_streams(streams: Mapping[str, Mapping[str, Any]], where: str = 'datase
             problems.append(ConfigProblem(path, 'needs `local`, `remote` or both'))
         elif not unknown:
             try:
-                built.append(Stream(**settings))
+                built.append(Stream(**with_cache_folder(settings)))
             except ValueError as e:
                 problems.append(ConfigProblem(path, str(e)))
     if problems:
         raise ConfigError(problems)
     return built
+
+
+def default_cache_folder(remote: str) -> str:
+    """Where shards of ``remote`` are kept when no ``local`` is given: one folder per remote and user, reused by later runs."""
+    name = hashlib.blake2s(remote.encode(), digest_size=8).hexdigest()
+    return os.path.join(tempfile.gettempdir(), f'llmfoundry-cache-{os.getuid()}', name)
+
+
+def with_cache_folder(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Fills in ``local`` where only ``remote`` is given. Streaming's own temporary folder stops the next run with a FileExistsError."""
+    filled = dict(arguments)
+    if filled.get('remote') and not filled.get('local'):
+        filled['local'] = default_cache_folder(filled['remote'])
+        log.info('No `local` given for %s: its shards are kept in %s', filled['remote'], filled['local'])
+    return filled
 
 
 def is_local_only(remote: str | None, local: str | None) -> bool:
@@ -105,6 +127,26 @@ def with_order_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError([ConfigProblem('dataset.shuffle_block_size', f'{block} is not a whole number of samples')])
         filled['shuffle_block_size'] = int(block)
     return filled
+
+
+def order_problems(arguments: Mapping[str, Any], num_nodes: int | None = None) -> list[ConfigProblem]:
+    """Settings of the order that Streaming refuses only in a worker, at the first sample.
+
+    Args:
+        arguments: arguments of StreamingDataset, after ``with_order_defaults``.
+        num_nodes: number of machines; of this run by default.
+    """
+    problems = []
+    algo = arguments.get('shuffle_algo', 'py1e')
+    if algo not in shuffle_algos:
+        problems.append(ConfigProblem('dataset.shuffle_algo', f'must be one of {", ".join(sorted(shuffle_algos))}, got {algo!r}'))
+    nodes = num_nodes or max(1, dist.get_world_size() // dist.get_local_world_size())
+    canonical = arguments['num_canonical_nodes']
+    if not isinstance(canonical, int) or canonical < 1:
+        problems.append(ConfigProblem('dataset.num_canonical_nodes', f'must be a whole number of at least 1, got {canonical!r}'))
+    elif canonical % nodes and nodes % canonical:
+        problems.append(ConfigProblem('dataset.num_canonical_nodes', f'{canonical} must divide the number of nodes, {nodes}, or be a multiple of it'))
+    return problems
 
 
 def validate_ds_replication(dataset_cfg: Mapping[str, Any], tokenizer: Any, device_batch_size: int | float) -> tuple[int, int]:

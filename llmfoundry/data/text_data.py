@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from composer.core import DataSpec
 from streaming import Stream, StreamingDataset
+from streaming.base.dataset import _ShardState
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry import dist
@@ -23,7 +24,7 @@ from llmfoundry.data import shard_checks
 from llmfoundry.data import streams as stream_settings
 from llmfoundry.data.dataloader import TextDataLoader, loader_arguments
 from llmfoundry.data.preview import print_batches
-from llmfoundry.data.shm_hygiene import exclusive_start
+from llmfoundry.data.shm_hygiene import SharedFailure, exclusive_start
 from llmfoundry.data.text_collators import ConcatenatedSequenceCollatorWrapper, build_text_collator
 from llmfoundry.errors import ConfigError, ConfigProblem, DataError, NotEnoughDatasetSamplesError
 from llmfoundry.registry import collators, construct_from_registry, data_specs, dataset_replication_validators
@@ -81,7 +82,8 @@ class StreamingTextDataset(StreamingDataset):
             problems.append(ConfigProblem('dataset.max_seq_len', f'must be a whole number of tokens of at least 1, got {max_seq_len!r}'))
         if token_encoding_type not in SUPPORTED_MDS_ENCODING_TYPES:
             problems.append(ConfigProblem('dataset.token_encoding_type', f'must be one of {", ".join(SUPPORTED_MDS_ENCODING_TYPES)}, got {token_encoding_type!r}'))
-        arguments = stream_settings.with_order_defaults(streaming_arguments)
+        arguments = stream_settings.with_cache_folder(stream_settings.with_order_defaults(streaming_arguments))
+        problems += stream_settings.order_problems(arguments)
         local, remote = arguments.get('local'), arguments.get('remote')
         if bool(streams) == bool(local or remote):
             problems.append(ConfigProblem('dataset', f'give either `streams` or `local`/`remote`, got {"both" if streams else "neither"}'))
@@ -93,7 +95,7 @@ class StreamingTextDataset(StreamingDataset):
         self.token_encoding_type = token_encoding_type
         self._vocab_size = len(tokenizer)
         self._hash_checked: set[int] = set()
-        self._failure: BaseException | None = None
+        self._size_checked: set[int] = set()
         sources = [(s._local, s.remote, s.split or arguments.get('split')) for s in streams or ()] or [(local, remote, arguments.get('split'))]
         with exclusive_start(check=lambda: self._check_sources(sources)):
             try:
@@ -151,35 +153,40 @@ class StreamingTextDataset(StreamingDataset):
         return os.path.join(self._folder(self.streams[self.stream_per_shard[shard_id]]), self.shards[shard_id].raw_data.basename)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """As Streaming's, with two differences on failure: the cause is a DataError, and other workers that wait for the shard are not left waiting."""
+        """As Streaming's, but a failure is a DataError that names the file, and does not leave the shard marked as being prepared."""
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception as e:
-            self._shard_states[shard_id] = 1  # REMOTE: the next worker tries, and fails for itself, instead of waiting for ever.
+            self._shard_states[shard_id] = _ShardState.REMOTE
             if self._cache_filelock.is_locked:
                 self._cache_filelock.release(force=True)
-            if isinstance(e, DataError):
-                raise
             stream = self.streams[self.stream_per_shard[shard_id]]
             source = f' from {stream.remote}' if stream.remote else ''
-            raise DataError(f'the shard could not be prepared{source}: {type(e).__name__}: {_one_line(e)}', file=self._shard_path(shard_id)) from e
+            failure = DataError(f'the shard could not be prepared{source}: {type(e).__name__}: {_one_line(e)}', file=self._shard_path(shard_id))
+            if hasattr(self, '_event'):
+                self._event.publish(str(failure))
+            raise failure from e
         path = self._shard_path(shard_id)
-        if blocking and os.path.exists(path):
+        if shard_id not in self._size_checked and self._shard_states[shard_id] == _ShardState.LOCAL:
+            self._size_checked.add(shard_id)
             problem = shard_checks.file_size_problem(path, self.shards[shard_id].raw_data.bytes)
             if problem:
-                raise DataError(f'{problem}. Delete it, and it is fetched again; if that does not help, it is damaged where it comes from', file=path)
+                raise DataError(f'{problem}. Delete it, and it is fetched again; if that does not help, it is damaged where it comes from')
 
     def on_exception(self, future: Any) -> None:
-        """Keeps the error of a download thread for ``__iter__``, which Streaming's version only prints."""
-        if future.exception() is not None:
-            self._failure = future.exception()
-            self._event.set()
+        """Tells every worker of the node about the error of a download thread, which Streaming's version only prints."""
+        error = future.exception()
+        if error is not None:
+            self._event.publish(str(error) if isinstance(error, DataError) else f'reading ahead failed: {type(error).__name__}: {_one_line(error)}')
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        if not hasattr(self, '_event'):
+            # Made here and not in the constructor, since it cannot be pickled to workers that are spawned.
+            self._event = SharedFailure(os.path.join(self._filelock_root, f'{self._shm_prefix_int:06d}_failure'))
         yield from super().__iter__()
         # Streaming ends the epoch early, as if the data were used up, when a download thread fails.
-        if hasattr(self, '_event') and self._event.is_set():
-            raise self._failure or DataError('reading ahead failed; see the log above for its cause')
+        if self._event.is_set():
+            raise DataError(self._event.reason())
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, torch.Tensor]:
         """The sample with this index over all shards, as tensors."""
@@ -189,8 +196,8 @@ class StreamingTextDataset(StreamingDataset):
         except DataError:
             raise
         except (OSError, ValueError, IndexError, RuntimeError, KeyError, TypeError) as e:
-            if isinstance(self._failure, DataError):
-                raise self._failure from e
+            if hasattr(self, '_event') and self._event.reason():
+                raise DataError(self._event.reason()) from e
             raise DataError(f'cannot be read: {type(e).__name__}: {_one_line(e)}', file=self._shard_path(shard_id), sample=int(position)) from e
         if shard_id not in self._hash_checked:
             self._check_hash(shard_id)
