@@ -1,0 +1,36 @@
+"""Runs a function in several processes with a gloo process group between them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any, Callable
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+__all__ = ['run_in_processes']
+
+
+def _entry(rank: int, world_size: int, function: Callable[..., Any], args: tuple[Any, ...], folder: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=world_size)
+    try:
+        torch.save(function(*args), f'{folder}/{rank}.pt')
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def run_in_processes(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Calls ``function(*args)`` in each of ``world_size`` fresh processes and returns what each returned, in rank order.
+
+    Args:
+        function: defined at the top of a module, since processes are spawned (a forked one could not run backward after its parent has).
+        world_size: number of processes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_entry, (world_size, function, args, folder), nprocs=world_size, join=True)
+        return [torch.load(f'{folder}/{rank}.pt', weights_only=False) for rank in range(world_size)]

@@ -1,0 +1,125 @@
+"""Norms against their formulas, and the dtypes that they compute in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmfoundry.models.layers.layer_builders import build_norm
+from llmfoundry.models.layers.norm import LPLayerNorm, LPRMSNorm, RMSNorm, TritonRMSNorm
+
+WIDTH = 24
+
+
+def _layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def _randomised(name: str, eps: float = 1e-3) -> torch.nn.Module:
+    norm = build_norm(name, WIDTH, eps, 'cpu')
+    with torch.no_grad():
+        for param in norm.parameters():
+            param.normal_()
+    return norm
+
+
+@pytest.mark.parametrize('name', ['layernorm', 'low_precision_layernorm', 'Low_Precision_LayerNorm'])
+def test_layer_norm_is_its_formula(name: str) -> None:
+    torch.manual_seed(0)
+    norm, x = _randomised(name), torch.randn(3, 5, WIDTH)
+    torch.testing.assert_close(norm(x), _layer_norm(x, norm.weight, norm.bias, 1e-3))
+
+
+@pytest.mark.parametrize('name', ['rmsnorm', 'low_precision_rmsnorm'])
+def test_rms_norm_is_its_formula(name: str) -> None:
+    torch.manual_seed(0)
+    norm, x = _randomised(name), torch.randn(3, 5, WIDTH)
+    torch.testing.assert_close(norm(x), _rms_norm(x, norm.weight, 1e-3))
+
+
+@pytest.mark.parametrize('name', ['layernorm', 'low_precision_layernorm', 'rmsnorm', 'low_precision_rmsnorm'])
+def test_gradients(name: str) -> None:
+    torch.manual_seed(0)
+    norm = _randomised(name).double()
+    assert torch.autograd.gradcheck(norm, torch.randn(2, WIDTH, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize('norm_cls', [LPLayerNorm, LPRMSNorm])
+def test_low_precision_norms_take_the_autocast_dtype_and_cast_weights_first(norm_cls: type) -> None:
+    torch.manual_seed(0)
+    norm = norm_cls(WIDTH)
+    with torch.no_grad():
+        norm.weight.fill_(1.0 + 2**-10)  # rounds to 1 in bfloat16
+    x = torch.randn(4, WIDTH)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        y = norm(x)
+    assert y.dtype == torch.bfloat16
+    plain = norm_cls(WIDTH)(x.bfloat16().float())
+    torch.testing.assert_close(y.float(), plain, atol=2e-2, rtol=8e-3)
+    with torch.no_grad():
+        norm.weight.fill_(1.0)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert torch.equal(y, norm(x))
+    assert norm(x).dtype == torch.float32
+
+
+def test_rms_norm_computes_in_float32_and_keeps_the_dtype_of_its_input() -> None:
+    torch.manual_seed(0)
+    x = (100 * torch.randn(4, WIDTH)).bfloat16()
+    norm = RMSNorm(WIDTH)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        y = norm(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, _rms_norm(x.float(), norm.weight, 1e-5).bfloat16())
+
+
+@pytest.mark.parametrize('norm_cls', [LPLayerNorm, LPRMSNorm])
+def test_low_precision_norms_refuse_devices_whose_autocast_is_unknown(norm_cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('llmfoundry.models.layers.norm._LOW_PRECISION_DEVICES', ('cuda',))
+    with pytest.raises(NotImplementedError, match="got a tensor on 'cpu': use norm_type layernorm or rmsnorm"):
+        norm_cls(WIDTH)(torch.randn(2, WIDTH))
+
+
+def test_shape_of_weights_follows_the_argument() -> None:
+    assert RMSNorm((2, 3)).weight.shape == (2, 3)
+    assert RMSNorm(4, weight=False).weight is None
+    assert build_norm('rmsnorm', 4, None, 'meta').weight.is_meta
+    assert [name for name, _ in build_norm('rmsnorm', 4).named_parameters()] == ['weight']
+
+
+def test_unknown_norm_lists_the_options() -> None:
+    with pytest.raises(NotImplementedError) as error:
+        build_norm('rmsnom', 4)
+    assert str(error.value) == (
+        "norm_type: Cannot find 'rmsnom' in the registry llmfoundry -> norms. Did you mean 'rmsnorm'? "
+        'Available names: layernorm, low_precision_layernorm, low_precision_rmsnorm, rmsnorm, triton_rmsnorm'
+    )
+
+
+def test_triton_rms_norm_names_the_package_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__('sys').modules, 'flash_attn.ops.triton.layer_norm', None)
+    with pytest.raises(ImportError) as error:
+        TritonRMSNorm(8)
+    assert str(error.value) == (
+        'norm_type triton_rmsnorm needs the package flash-attn (pip install "llm-foundry[gpu]"): use norm_type rmsnorm or low_precision_rmsnorm without it'
+    )
+
+
+def test_triton_rms_norm_with_a_stand_in_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    import types
+
+    kernel = types.ModuleType('flash_attn.ops.triton.layer_norm')
+    kernel.rms_norm_fn = lambda x, weight, bias, eps: _rms_norm(x, weight, eps)
+    for name in ('flash_attn', 'flash_attn.ops', 'flash_attn.ops.triton'):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, kernel.__name__, kernel)
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(build_norm('triton_rmsnorm', 8, 1e-5)(x), RMSNorm(8)(x))
+    with pytest.raises(ValueError, match='normalized_shape must be an int, got \\[8\\]'):
+        build_norm('triton_rmsnorm', [8])
