@@ -1,24 +1,18 @@
 """The ``llmfoundry`` command.
 
 Only signatures live here and in the sibling modules, so ``--help`` answers at once; what a command does is named by a string and imported when it runs.
-Mistakes of the user (a config, a data file, a name) print as one block without a traceback and exit 1.
+Mistakes of the user (a config, a data file, a name) print as one block without a traceback and exit 1, as in ``scripts/train/train.py``.
 """
 
 from __future__ import annotations
-
-import sys
 
 import typer
 
 from llmfoundry._version import __version__
 from llmfoundry.cli import config_commands, data_prep, registry_commands
-from llmfoundry.errors import BaseContextualError, ConfigError, DataError
-from llmfoundry.typed_registry import RegistryError
+from llmfoundry.command_utils.error_report import run_or_exit
 
 __all__ = ['app', 'main']
-
-USER_ERRORS = (ConfigError, DataError, RegistryError, BaseContextualError)
-_EXIT_ERROR, _EXIT_INTERRUPT = 1, 130
 
 app = typer.Typer(
     name='llmfoundry',
@@ -49,12 +43,5 @@ def _root(
 
 
 def main() -> None:
-    """Runs the command line."""
-    try:
-        app()
-    except USER_ERRORS as e:
-        typer.echo(f'error: {e}', err=True)
-        sys.exit(_EXIT_ERROR)
-    except KeyboardInterrupt:
-        typer.echo('interrupted', err=True)
-        sys.exit(_EXIT_INTERRUPT)
+    """Runs the command line; errors of the user end as one block and exit code 1."""
+    run_or_exit(app)

@@ -6,6 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from llmfoundry.errors import ConfigError
 from llmfoundry.typed_registry import resolve_target
 
 __all__ = ['schema', 'train', 'validate']
@@ -16,7 +17,7 @@ Overrides = Annotated[Optional[list[str]], typer.Argument(metavar='[KEY=VALUE]..
 
 def train(yaml_path: YamlArgument, overrides: Overrides = None) -> None:
     """Train from a YAML file. For several devices: `composer scripts/train/train.py YAML [KEY=VALUE]...`."""
-    resolve_target('llmfoundry.command_utils.train:train_from_yaml')(yaml_path, overrides or [])
+    resolve_target('llmfoundry.command_utils.train_command:main')([yaml_path, *(overrides or [])])
 
 
 def validate(
@@ -26,7 +27,11 @@ def validate(
 ) -> None:
     """Check a training YAML without loading torch: exit 0 with a summary, or 1 with every problem."""
     summary = resolve_target('llmfoundry.config.summary:validation_summary')
-    typer.echo(summary(yaml_path, overrides or [], world_size))
+    try:
+        typer.echo(summary(yaml_path, overrides or [], world_size))
+    except ConfigError as e:
+        typer.echo(str(e), err=True)
+        raise typer.Exit(1) from None
 
 
 def schema(

@@ -29,4 +29,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ('-h', '--help'):
         print(USAGE, file=sys.stderr if not arguments else sys.stdout)
         sys.exit(0 if arguments else USAGE_EXIT_CODE)
-    run_or_exit(lambda: resolve_target(TRAIN)(load_train_config(arguments[0], arguments[1:])))
+    cfg = run_or_exit(lambda: load_train_config(arguments[0], arguments[1:]))
+    run_or_exit(lambda: resolve_target(TRAIN)(cfg))

@@ -12,7 +12,6 @@ _NAMES = {
     'load_train_config': 'llmfoundry.config.load',
     'make_dataclass_and_log_config': 'llmfoundry.config.containers',
     'pop_config': 'llmfoundry.config.containers',
-    'resolve_init_device': 'llmfoundry.config.init_device',
     'to_dict_container': 'llmfoundry.config.containers',
     'to_list_container': 'llmfoundry.config.containers',
     'update_batch_size_info': 'llmfoundry.config.batch_size',

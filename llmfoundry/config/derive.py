@@ -9,8 +9,9 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llmfoundry import registry
+from llmfoundry import dist, registry
 from llmfoundry.config.batch_size import update_batch_size_info
+from llmfoundry.config.moe_mesh import moe_device_mesh, needs_mesh
 from llmfoundry.config.report import lookup
 from llmfoundry.config.times import parse_time
 
@@ -65,6 +66,15 @@ def _batch_sizes(config: Config) -> tuple[Config, Notes]:
     return updated, notes
 
 
+def _expert_mesh(config: Config) -> tuple[Config, Notes]:
+    """Megablocks needs the shape of the data-parallel mesh, which only fsdp_config knows."""
+    model, ranks = config['model'], dist.get_world_size()
+    if ranks == 1 or config.get('fsdp_config') is None or not needs_mesh(model):
+        return config, []
+    ffn = {**model['ffn_config'], 'device_mesh': moe_device_mesh(config['fsdp_config'], ranks)}
+    return {**config, 'model': {**model, 'ffn_config': ffn}}, [f'model.ffn_config.device_mesh: {ffn["device_mesh"]} (from fsdp_config)']
+
+
 def _eval_sequence_length(config: Config) -> tuple[Config, Notes]:
     return (config if config.get('icl_seq_len') is not None else {**config, 'icl_seq_len': config['max_seq_len']}), []
 
@@ -94,7 +104,7 @@ def _absent_packages(config: Config) -> tuple[Config, Notes]:
 
 
 _STEPS: tuple[Callable[[Config], tuple[Config, Notes]], ...] = (
-    _run_name, _autoresume, _checkpoint_names, _batch_sizes, _eval_sequence_length, _empty_groups, _long_warmup, _absent_packages,
+    _run_name, _autoresume, _checkpoint_names, _batch_sizes, _expert_mesh, _eval_sequence_length, _empty_groups, _long_warmup, _absent_packages,
 )  # fmt: skip
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from llmfoundry import dist
 from llmfoundry.config.batch_size import calculate_batch_size_info
+from llmfoundry.config.moe_mesh import moe_device_mesh, needs_mesh
 from llmfoundry.config.mpt_rules import check_mpt_rules
 from llmfoundry.config.report import KeyPath, Report, lookup
 from llmfoundry.config.times import parse_time, time_problem
@@ -113,6 +115,15 @@ def megablocks_need_original_parameters(config: Config, report: Report) -> None:
         report.add('fsdp_config.use_orig_params', f'must be true with megablocks and moe_world_size {moe_ranks} > 1')
 
 
+def experts_cover_the_ranks(config: Config, report: Report) -> None:
+    """The sharding degrees multiply to the number of ranks over which experts are spread."""
+    if dist.get_world_size() > 1 and isinstance(config.get('fsdp_config'), Mapping) and needs_mesh(config.get('model') or {}):
+        try:
+            moe_device_mesh(config['fsdp_config'], dist.get_world_size())
+        except ValueError as e:
+            report.add('fsdp_config', str(e))
+
+
 def tensor_parallelism_excludes_experts(config: Config, report: Report) -> None:
     """Tensor parallelism has no plan for experts."""
     if config.get('tp_config') is not None and 'moe' in str(lookup(config, 'model.ffn_config.ffn_type', '')):
@@ -212,7 +223,7 @@ def gauntlet_is_consistent(config: Config, report: Report) -> None:
 
 _RULES: tuple[Callable[[Config, Report], None], ...] = (
     times_are_times, batch_sizes_fit, auto_microbatch_excludes_profiler, eval_loader_lists_have_labels, one_of_two_spellings, t5_limits, no_training_in_8bit,
-    megablocks_need_original_parameters, tensor_parallelism_excludes_experts, autoresume_needs_names, single_checkpoint_modes, datasets_name_their_data,
+    megablocks_need_original_parameters, experts_cover_the_ranks, tensor_parallelism_excludes_experts, autoresume_needs_names, single_checkpoint_modes, datasets_name_their_data,
     worker_counts, warmup_fits, optimizer_ranges, metadata_keys_are_free, mpt_block_is_consistent, gauntlet_is_consistent,
 )  # fmt: skip
 

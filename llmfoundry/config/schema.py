@@ -79,7 +79,7 @@ def _mpt() -> Schema:
 
 def _object(parameters: Mapping[str, Parameter], closed: bool = True, extra: Iterable[str] = (), special: Mapping[str, Schema] | None = None) -> Schema:
     """Keys of a component; ``extra`` keys take anything, ``special`` ones their own schema."""
-    properties = {name: _parameter(p) for name, p in parameters.items()} | {name: _OPEN for name in extra} | dict(special or {})
+    properties = {name: _parameter(p) for name, p in parameters.items()} | {name: _OPEN for name in sorted(extra)} | dict(special or {})
     schema: Schema = {'type': 'object', 'properties': properties, 'additionalProperties': not closed}
     required = [name for name, p in parameters.items() if p.required]
     return {**schema, 'required': required} if required else schema
