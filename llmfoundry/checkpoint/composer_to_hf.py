@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping
+from typing import TYPE_CHECKING, Any, Callable, Mapping
 
 import torch
 
@@ -45,6 +45,7 @@ class ExportOptions:
         max_shard_size: largest file of weights.
         trust_remote_code: whether code that an architecture or tokenizer has on the Hub may run. Our own MPT code needs no permission.
         check_parity: compare the written folder with the trained model, see ``parity``.
+        overwrite: replace an existing folder, in one step at the end.
         allowed_classes: classes beyond Composer's own that the checkpoint may hold.
     """
 
@@ -52,6 +53,7 @@ class ExportOptions:
     max_shard_size: str | int = '5GB'
     trust_remote_code: bool = False
     check_parity: bool = True
+    overwrite: bool = False
     allowed_classes: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -81,14 +83,25 @@ def convert_checkpoint(composer_path: str, output: str | Path, options: ExportOp
     """
     options = options or ExportOptions()
     output = Path(output)
-    if output.exists():
+    if output.exists() and not options.overwrite:
         raise FileExistsError(f'The output folder {str(output)!r} exists already. Choose another name or remove it first.')
     with open_checkpoint(composer_path, local_copy, options.allowed_classes) as checkpoint:
         return export_checkpoint(checkpoint, output, options)
 
 
-def export_checkpoint(checkpoint: Checkpoint, output: Path, options: ExportOptions, tokenizer: PreTrainedTokenizerBase | None = None) -> ParityReport | None:
-    """Writes an open checkpoint into ``output``, all or nothing; ``tokenizer`` replaces the files that the checkpoint carries."""
+def export_checkpoint(
+    checkpoint: Checkpoint,
+    output: Path,
+    options: ExportOptions,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    finish: Callable[[Path], None] | None = None,
+) -> ParityReport | None:
+    """Writes an open checkpoint into ``output``, all or nothing.
+
+    Args:
+        tokenizer: replaces the tokenizer files that the checkpoint carries.
+        finish: called with the written folder before it is checked and takes its name.
+    """
     if checkpoint.peft_config is not None:
         raise CheckpointError(f'{checkpoint.source!r} holds a LoRA adapter, which has no weights of its own model; export it with the hf_checkpointer callback, which writes adapter folders')
     mpt = is_mpt(checkpoint)
@@ -98,13 +111,15 @@ def export_checkpoint(checkpoint: Checkpoint, output: Path, options: ExportOptio
     weights = drop_tied(shell, checkpoint.weights)
     for layer in unportable_layers(checkpoint.config) if mpt else ():
         log.warning(f'{layer} comes from a plug-in; the exported folder loads only where that plug-in registers it')
-    with appears_whole(output) as folder:
+    with appears_whole(output, options.overwrite) as folder:
         exported_config = portable_config(checkpoint.config) if mpt else {'architectures': [checkpoint.class_name], **checkpoint.config}
         found = _write_tokenizer(folder, checkpoint, options, tokenizer)
         write_folder(folder, weights, exported_config, found, options)
         if mpt:
             write_model_code(folder)
         write_model_card(folder, output.name, has_code=mpt)
+        if finish is not None:
+            finish(folder)
         return _gate(folder, checkpoint, weights, found, options) if options.check_parity else None
 
 

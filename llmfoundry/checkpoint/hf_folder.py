@@ -7,17 +7,18 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
 import transformers
+from transformers.dynamic_module_utils import custom_object_save
 
 from llmfoundry.checkpoint.flatten_imports import edit_files_for_hf_compatibility
 from llmfoundry.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ['appears_whole', 'load_tokenizer', 'write_config', 'write_generation_config', 'write_model_card', 'write_tokenizer_files']
+__all__ = ['appears_whole', 'load_tokenizer', 'save_class_code', 'write_config', 'write_generation_config', 'write_model_card', 'write_tokenizer_files']
 
 _TOKENIZER_SUFFIXES = {'.json', '.txt', '.py', '.model', '.jinja', '.tiktoken'}
 _RESERVED = {'config.json', 'generation_config.json', 'model.safetensors.index.json'}
@@ -129,6 +130,19 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, ImportError, KeyError, TypeError) as e:
         raise CheckpointError(f'the tokenizer files of the checkpoint cannot be loaded: {e}. If the tokenizer is code of yours, pass --trust_remote_code.') from e
+
+
+def save_class_code(model: PreTrainedModel, folder: Path, flatten_imports: Sequence[str] = ('llmfoundry',)) -> None:
+    """Copies the code of a plug-in's model class that called ``register_for_auto_class``, names it in config.json, and flattens its imports."""
+    if getattr(model, '_auto_class', None) is None:
+        return
+    config_path = folder / 'config.json'
+    content = json.loads(config_path.read_text(encoding='utf-8'))
+    custom_object_save(model, folder, content)
+    if getattr(model.config, '_auto_class', None) is not None:
+        custom_object_save(model.config, folder, content)
+    config_path.write_text(json.dumps(content, indent=2, sort_keys=True) + '\n', encoding='utf-8')
+    edit_files_for_hf_compatibility(folder, flatten_imports)
 
 
 def write_model_card(folder: Path, name: str, has_code: bool) -> None:

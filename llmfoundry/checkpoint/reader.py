@@ -51,11 +51,13 @@ class Checkpoint:
         source: where it came from, for messages.
         weights: name of the parameter in the Hugging Face model -> weight.
         huggingface: the ``state.integrations.huggingface`` dictionary: ``model`` (config and class) and ``tokenizer`` (files).
+        model_class: the class itself where it is at hand, as in a running training; None to find it by name.
     """
 
     source: str
     weights: Mapping[str, LazyTensor]
     huggingface: Mapping[str, Any]
+    model_class: type | None = None
 
     @property
     def config(self) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def build_shell(checkpoint: Checkpoint, config: PretrainedConfig, trust_remote_c
             config.init_device = 'cpu'
             model: PreTrainedModel = MPTForCausalLM(config)
         else:
-            cls = getattr(transformers, checkpoint.class_name, None)
+            cls = checkpoint.model_class or getattr(transformers, checkpoint.class_name, None)
             if cls is not None and issubclass(cls, transformers.PreTrainedModel):
                 model = cls(config)
             else:

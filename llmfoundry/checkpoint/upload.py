@@ -13,7 +13,7 @@ import transformers
 
 from llmfoundry.errors import ParityError
 
-__all__ = ['check_uploaded_model', 'upload_folder', 'upload_to_hub']
+__all__ = ['check_uploaded_model', 'fetch_license', 'upload_folder', 'upload_to_hub']
 
 log = logging.getLogger(__name__)
 
@@ -68,3 +68,16 @@ def check_uploaded_model(folder: Path, repo: str, trust_remote_code: bool) -> No
         if vocabularies[0] != vocabularies[1]:
             raise ParityError(f'the tokenizer of {repo} has another vocabulary than that of {str(folder)!r}')
     log.info(f'{repo} equals {folder}: {count:,} parameters')
+
+
+def fetch_license(folder: Path, base_model: str) -> None:
+    """Copies the license files of the Hub model ``base_model`` into ``folder``; without a name, a network or a license, does nothing but say so."""
+    if not base_model or Path(base_model).exists() or '://' in base_model or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    try:
+        names = [n for n in huggingface_hub.list_repo_files(base_model) if posixpath.basename(n).upper().startswith(('LICENSE', 'LICENCE', 'NOTICE'))]
+        for name in names:
+            path = huggingface_hub.hf_hub_download(base_model, name)
+            (folder / posixpath.basename(name)).write_bytes(Path(path).read_bytes())
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
+        log.warning(f'The license of {base_model} could not be fetched: {e}')
