@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers.tiny_mpt import ATTENTION_CLASSES, tiny_config, tiny_mpt
 
 from llmfoundry.models.mpt.block_overrides import expand_order, resolve_block_overrides
 from llmfoundry.models.mpt.configuration_mpt import attn_config_defaults
+from tests.helpers.tiny_mpt import ATTENTION_CLASSES, tiny_config, tiny_mpt
 
 OVERRIDES: dict[str, Any] = {
     'window': {'attn_config': {'sliding_window_size': 3}},

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helpers.tiny_mpt import tiny_config
 
 from llmfoundry.models.mpt.configuration_mpt import MPTConfig, attn_config_defaults
+from tests.helpers.tiny_mpt import tiny_config
 
 MPT_7B = {
     'architectures': ['MPTForCausalLM'],

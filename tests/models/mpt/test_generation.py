@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers.tiny_mpt import ATTENTION_CLASSES, POSITIONS, tiny_mpt
 from transformers import DynamicCache
+
+from tests.helpers.tiny_mpt import ATTENTION_CLASSES, POSITIONS, tiny_mpt
 
 PROMPT, NEW = 11, 9
 VARIANTS: dict[str, dict[str, Any]] = {

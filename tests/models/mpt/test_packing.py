@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.helpers.tiny_mpt import ATTENTION_CLASSES, POSITIONS, tiny_mpt
 
 from llmfoundry.models.mpt.attention_inputs import document_lengths, positions_within_documents
+from tests.helpers.tiny_mpt import ATTENTION_CLASSES, POSITIONS, tiny_mpt
 
 DOCS = [[13, 1, 20, 6], [33, 7]]
 SEQ = 40

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers.tiny_mpt import randomise, tiny_mpt
 from transformers import LlamaConfig, LlamaForCausalLM, MptForCausalLM
 from transformers import MptConfig as HFMptConfig
+
+from tests.helpers.tiny_mpt import randomise, tiny_mpt
 
 VOCAB, SEQ = 101, 48
 
