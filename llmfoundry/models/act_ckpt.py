@@ -134,8 +134,8 @@ def _matches(name: str, block: nn.Module) -> list[nn.Module]:
     if name == 'mptblock':
         return [block]
     if name == 'norm_attn_norm':
-        module = getattr(block, name, None)
-        return [] if module is None else [module]
+        # The three modules one by one: a module around them would change the names of released weights. Only their two short outputs are kept more.
+        return [module for part in ('norm_1', 'attn', 'norm_2') if (module := getattr(block, part, None)) is not None]
     if name == 'ffn' or name in _ffn_names():
         return [module for path, module in block.named_modules() if path.rpartition('.')[2] == 'ffn']
     cls = attention_classes.get(name) if name in attention_classes else norms.get(name)

@@ -125,6 +125,7 @@ def _chosen(target: object, n_blocks: int = 3) -> list[str]:
 def test_chosen_modules() -> None:
     assert _chosen(None) == ['0', '1', '2']
     assert _chosen({'own_attention': 1, 'ffn': [2]}) == ['0.attn', '2.ffn']
+    assert _chosen({'norm_attn_norm': [1]}) == ['1.norm_1', '1.attn']
     assert _chosen({'mptmlp': 'last-1', 'rmsnorm': 'first-1'}) == ['0.norm_1', '2.ffn']
 
 
@@ -137,9 +138,9 @@ def test_marking_again_replaces_the_choice() -> None:
 
 def test_a_target_that_would_choose_nothing() -> None:
     with pytest.raises(ValueError) as error:
-        _chosen('norm_attn_norm')
+        _chosen('layernorm')
     assert str(error.value) == (
-        "activation_checkpointing_target: block 0 (_Block) has no module 'norm_attn_norm', so nothing of it would be checkpointed"
+        "activation_checkpointing_target: block 0 (_Block) has no module 'layernorm', so nothing of it would be checkpointed"
     )
 
 
