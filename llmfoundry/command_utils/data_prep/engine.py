@@ -17,7 +17,7 @@ from typing import Any, Iterator, Mapping, Protocol
 import numpy as np
 
 from llmfoundry.command_utils.data_prep.journal import Journal, State
-from llmfoundry.command_utils.data_prep.mds_shards import ShardBuilder
+from llmfoundry.command_utils.data_prep.mds_shards import SIZE_LIMIT_BYTES, ShardBuilder
 from llmfoundry.command_utils.data_prep.pool import WorkerPool
 from llmfoundry.command_utils.data_prep.progress import Progress, human_time
 from llmfoundry.command_utils.data_prep.readers import Block
@@ -132,8 +132,8 @@ def convert(source: Source, plan: ConversionPlan, output: Path, extra_files: Map
     finally:
         journal.close()
         state = journal.load()
-        if journal.folder.exists() and (state is None or not state.documents):
-            # Nothing worth keeping was made.
+        if state is None or not state.documents:
+            # Published, or nothing worth keeping was made; a folder that holds something stays.
             journal.discard(remove_output=not existed)
 
 
@@ -144,9 +144,9 @@ class _Conversion:
         self.source, self.plan, self.journal = source, plan, journal
         length = plan.concat_tokens
         if length is None:
-            self.builder = ShardBuilder('text', 'str', None, plan.compression)
+            self.builder = ShardBuilder('text', 'str', None, plan.compression, SIZE_LIMIT_BYTES)
         else:
-            self.builder = ShardBuilder('tokens', f'ndarray:int32:{length}', length * TOKEN_DTYPE.itemsize, plan.compression)
+            self.builder = ShardBuilder('tokens', f'ndarray:int32:{length}', length * TOKEN_DTYPE.itemsize, plan.compression, SIZE_LIMIT_BYTES)
         self.state = State()
         self._changed = False
 

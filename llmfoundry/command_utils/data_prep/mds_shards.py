@@ -109,7 +109,7 @@ class ShardBuilder:
         size_limit: largest raw shard in bytes.
     """
 
-    def __init__(self, column: str, encoding: str, fixed_size: int | None, compression: str | None, size_limit: int = SIZE_LIMIT_BYTES) -> None:
+    def __init__(self, column: str, encoding: str, fixed_size: int | None, compression: str | None, size_limit: int) -> None:
         self.config = {
             'version': 2,
             'format': 'mds',

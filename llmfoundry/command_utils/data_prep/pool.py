@@ -12,6 +12,7 @@ from typing import Any, Iterable, Iterator
 
 from llmfoundry.command_utils.data_prep.tokenizer_spec import child_environment
 from llmfoundry.command_utils.data_prep.worker import Encoded, EncoderFacts, EncoderSpec
+from llmfoundry.errors import InternalError
 
 __all__ = ['WorkerPool']
 
@@ -37,10 +38,10 @@ class _Worker:
             raise answer
         return answer
 
-    def _death(self) -> RuntimeError:
+    def _death(self) -> InternalError:
         code = self._process.wait()
         why = ' (killed, probably for lack of memory: pass fewer --processes)' if code == -9 else ''
-        return RuntimeError(f'a tokenising process ended with code {code}{why}. What was finished is kept: run the same command again to go on.')
+        return InternalError(f'a tokenising process ended with code {code}{why}. What was finished is kept: run the same command again to go on.')
 
     def stop(self) -> None:
         """Ends the process."""
