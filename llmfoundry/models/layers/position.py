@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 __all__ = [
     'DailRotaryEmbedding',
@@ -115,10 +114,9 @@ def _inverse_frequencies(theta: float, dim: int, device: torch.device | None) ->
     return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim))
 
 
-class PartialLlamaConfig(PretrainedConfig):
+class PartialLlamaConfig:
     """The rotary settings under the names of transformers' Llama config; anything else that is read is an error, not a default."""
 
-    model_type = 'partial_llama'
     _allowed = ('rope_theta', 'rope_scaling', 'head_dim', 'max_position_embeddings')
 
     def __init__(
@@ -127,10 +125,9 @@ class PartialLlamaConfig(PretrainedConfig):
         rope_scaling: dict[str, Any] | None = None,
         head_dim: int = 64,
         max_position_embeddings: int = 2048,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.__dict__.update(rope_theta=rope_theta, rope_scaling=rope_scaling, head_dim=head_dim, max_position_embeddings=max_position_embeddings)
+        self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
+        self.head_dim, self.max_position_embeddings = head_dim, max_position_embeddings
 
     def __getattr__(self, key: str) -> Any:
         raise AttributeError(f'PartialLlamaConfig holds rotary settings only ({", ".join(self._allowed)}); {key!r} was read')
