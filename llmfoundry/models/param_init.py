@@ -111,11 +111,18 @@ def _rules() -> list[Any]:
 
 
 def default_(module: nn.Module, n_layers: int | None = None, d_model: int | None = None, **_: Any) -> None:
-    """torch's own initialisation: ``module.reset_parameters()`` where there is one."""
+    """torch's own initialisation, ``module.reset_parameters()``.
+
+    Raises:
+        NotImplementedError: the module holds parameters and has no such method, so they would stay whatever memory held.
+    """
     reset = getattr(module, 'reset_parameters', None) or getattr(module, '_reset_parameters', None)
+    held = [name for name, _ in module.named_parameters(recurse=False)]
     if callable(reset):
         with torch.no_grad():
             reset()
+    elif held:
+        raise NotImplementedError(f'{type(module).__name__} holds parameters ({", ".join(held)}) and has no reset_parameters, which init_config.name default_ calls')
 
 
 def _normal(std: float) -> Callable[[torch.Tensor], Any]:

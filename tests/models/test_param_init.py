@@ -17,6 +17,9 @@ from llmfoundry.models.utils.param_init_fns import fc_init, fused_param_init_hel
 
 NAMES = ['default_', 'baseline_', 'kaiming_uniform_', 'kaiming_normal_', 'neox_init_', 'small_init_', 'xavier_uniform_', 'xavier_normal_']
 N_LAYERS, D = 8, 256
+MOE = {
+    'moe_num_experts': 4, 'moe_top_k': 2, 'mlp_type': 'glu', 'moe_jitter_eps': None, 'moe_normalize_expert_weights': None, 'uniform_expert_assignment': False,
+}  # fmt: skip
 
 
 def _init(module: nn.Module, name: str = 'kaiming_normal_', d_model: int = D, **config: object) -> nn.Module:
@@ -72,6 +75,12 @@ def test_default_is_torchs_own() -> None:
     layer = nn.Linear(4, 4)
     expected = layer.weight.clone()
     assert torch.equal(_init(layer, 'default_').weight, expected)
+
+
+def test_default_needs_a_method_to_call() -> None:
+    with pytest.raises(NotImplementedError) as error:
+        _init(_Own(), 'default_')
+    assert str(error.value) == '_Own holds parameters (gate) and has no reset_parameters, which init_config.name default_ calls'
 
 
 @pytest.mark.parametrize(
@@ -197,9 +206,7 @@ def test_attention_of_torch_is_initialised_by_projection() -> None:
 
 @pytest.mark.parametrize('mlp_type', ['mlp', 'glu'])
 def test_experts_are_initialised_one_by_one_with_their_own_fan(mlp_type: str) -> None:
-    moe_config = {
-        'moe_num_experts': 4, 'moe_top_k': 2, 'mlp_type': mlp_type, 'moe_jitter_eps': None, 'moe_normalize_expert_weights': None, 'uniform_expert_assignment': False,
-    }  # fmt: skip
+    moe_config = {**MOE, 'mlp_type': mlp_type}
     moe = build_ffn('torch_dmoe', D, 2, 'cpu', True, moe_config)
     nn.init.normal_(moe.experts.bias)
     _init(moe, 'kaiming_normal_', init_nonlinearity='linear')
@@ -289,10 +296,13 @@ def test_public_signature_of_rules_and_the_generic_function() -> None:
 @pytest.mark.parametrize('name', NAMES)
 def test_a_model_from_the_meta_device_equals_one_from_the_cpu(name: str) -> None:
     def build(device: str) -> nn.Module:
-        return nn.Sequential(nn.Embedding(16, 8, device=device), build_mptmlp(8, 2, device=device), build_norm('rmsnorm', 8, 1e-5, device))
+        moe = build_ffn('torch_dmoe', 8, 2, device, True, MOE)
+        return nn.Sequential(nn.Embedding(16, 8, device=device), build_mptmlp(8, 2, device=device), build_norm('rmsnorm', 8, 1e-5, device), moe)
 
     on_cpu, from_meta = build('cpu'), build('meta')
     from_meta.to_empty(device='cpu')
+    for param in from_meta.parameters():
+        param.data.fill_(float('nan'))
     _init(on_cpu, name, init_std=0.1)
     _init(from_meta, name, init_std=0.1)
     for (path, expected), param in zip(on_cpu.named_parameters(), from_meta.parameters(), strict=True):

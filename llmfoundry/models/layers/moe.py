@@ -134,6 +134,11 @@ class DroplessExperts(nn.Module):
         else:
             self.register_parameter('bias', None)
 
+    def reset_parameters(self) -> None:
+        """Sets the bias to zero."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def forward(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """Computes ``sum_k weights[t, k] * expert[experts[t, k]](x[t])``.
 

@@ -59,13 +59,19 @@ def test_low_precision_norms_take_the_autocast_dtype_and_cast_weights_first(norm
     with torch.autocast('cpu', dtype=torch.bfloat16):
         y = norm(x)
     assert y.dtype == torch.bfloat16
-    plain = norm_cls(WIDTH)(x.bfloat16().float())
-    torch.testing.assert_close(y.float(), plain, atol=2e-2, rtol=8e-3)
+    torch.testing.assert_close(y.float(), norm_cls(WIDTH)(x.bfloat16().float()), atol=2e-2, rtol=8e-3)
     with torch.no_grad():
         norm.weight.fill_(1.0)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         assert torch.equal(y, norm(x))
     assert norm(x).dtype == torch.float32
+
+
+def test_low_precision_layer_norm_adds_its_bias() -> None:
+    norm, x = _randomised('low_precision_layernorm'), torch.randn(4, WIDTH)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        y = norm(x)
+    torch.testing.assert_close(y.float(), norm(x), atol=5e-2, rtol=5e-2)
 
 
 def test_rms_norm_computes_in_float32_and_keeps_the_dtype_of_its_input() -> None:
