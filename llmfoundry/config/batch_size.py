@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from llmfoundry import dist
 
-__all__ = ['batch_size_summary', 'calculate_batch_size_info', 'update_batch_size_info']
+__all__ = ['batch_size_summary', 'calculate_batch_size_info', 'update_batch_size_info', 'update_config_with_batch_size_info']
 
 MicrobatchSize = int | float | Literal['auto']
 
@@ -70,16 +70,22 @@ def update_batch_size_info(cfg: dict[str, Any]) -> dict[str, Any]:
     if global_batch_size is None:
         raise ValueError('global_train_batch_size is missing: set the number of samples per optimizer step over all devices')
     microbatch = cfg.get('device_train_microbatch_size', 'auto')
-    device_batch, microbatch, accumulation = calculate_batch_size_info(global_batch_size, 'auto' if microbatch is None else microbatch)
+    return update_config_with_batch_size_info(cfg, *calculate_batch_size_info(global_batch_size, 'auto' if microbatch is None else microbatch))
+
+
+def update_config_with_batch_size_info(
+    cfg: dict[str, Any], device_train_batch_size: int | float, device_train_microbatch_size: MicrobatchSize, device_train_grad_accum: int | Literal['auto']
+) -> dict[str, Any]:
+    """Returns a copy of the config with sizes that the caller computed (see ``calculate_batch_size_info``)."""
     updated = {
         **cfg,
         'n_gpus': dist.get_world_size(),
-        'device_train_batch_size': device_batch,
-        'device_train_microbatch_size': microbatch,
-        'device_train_grad_accum': accumulation,
+        'device_train_batch_size': device_train_batch_size,
+        'device_train_microbatch_size': device_train_microbatch_size,
+        'device_train_grad_accum': device_train_grad_accum,
     }
     if updated.get('device_eval_batch_size') is None:
-        updated['device_eval_batch_size'] = 1 if microbatch == 'auto' else microbatch
+        updated['device_eval_batch_size'] = 1 if device_train_microbatch_size == 'auto' else device_train_microbatch_size
     return updated
 
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc as oc_resolvers
@@ -28,8 +29,8 @@ from llmfoundry.config.report import KeyPath, Report, nearest
 from llmfoundry.config.rules import check_rules
 from llmfoundry.config.train import TrainConfig
 from llmfoundry.config.value_types import UNRESOLVED
-from llmfoundry.config.yaml_source import YamlSource, read_yaml
-from llmfoundry.errors import ConfigError
+from llmfoundry.config.yaml_source import YamlSource, read_yaml, syntax_error
+from llmfoundry.errors import ConfigError, ConfigProblem
 
 __all__ = ['load_dict', 'load_train_config']
 
@@ -69,7 +70,7 @@ def load_dict(source: str | os.PathLike | Mapping[str, Any], overrides: Sequence
         yaml_source = read_yaml(source)
         plain = yaml_source.text
     report = Report(yaml_source.lines, yaml_source.name or None)
-    tree = OmegaConf.create(plain)
+    tree = _create_tree(plain, yaml_source.name)
     for override in overrides:
         _apply_override(tree, override, report)
     failures: dict[KeyPath, tuple[str, str]] = {}
@@ -79,6 +80,15 @@ def load_dict(source: str | os.PathLike | Mapping[str, Any], overrides: Sequence
     _find_aliases(tree, (), report.aliases)
     text = yaml_source.text or OmegaConf.to_yaml(tree)
     return config, report, '\n'.join([text, *overrides])
+
+
+def _create_tree(plain: str | Mapping[str, Any], name: str) -> DictConfig:
+    try:
+        return OmegaConf.create(plain)
+    except yaml.YAMLError as e:
+        raise syntax_error(e, name) from None
+    except (OmegaConfBaseException, ValueError) as e:
+        raise ConfigError([ConfigProblem('config', f'cannot be read: {str(e).splitlines()[0]}')], source=name or None) from None
 
 
 def _apply_override(tree: DictConfig, override: str, report: Report) -> None:
@@ -96,8 +106,10 @@ def _apply_override(tree: DictConfig, override: str, report: Report) -> None:
     try:
         value = OmegaConf.from_dotlist([f'value={text}'])
         OmegaConf.update(tree, '.'.join(path), OmegaConf.to_container(value, resolve=False)['value'], merge=True, force_add=True)
-    except (OmegaConfBaseException, IndexError, TypeError, ValueError) as e:
-        report.add(path, f'cannot be set: {str(e).splitlines()[0]}')
+    except yaml.YAMLError as e:
+        report.add(path, f'{text!r} is not a YAML value: {getattr(e, "problem", None) or str(e).splitlines()[0]}')
+    except (OmegaConfBaseException, LookupError, TypeError, ValueError, AttributeError) as e:
+        report.add(path, f'cannot be set: {(str(e).splitlines() or [type(e).__name__])[0]}')
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import yaml
 from llmfoundry.config.report import KeyPath
 from llmfoundry.errors import ConfigError, ConfigProblem
 
-__all__ = ['YamlSource', 'read_yaml']
+__all__ = ['YamlSource', 'read_yaml', 'syntax_error']
 
 _STR_TAG = 'tag:yaml.org,2002:str'
 _MERGE_TAG = 'tag:yaml.org,2002:merge'
@@ -40,12 +40,8 @@ def read_yaml(path: str | os.PathLike) -> YamlSource:
     text = _read_text(name)
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as e:
-        # A forgotten colon is noticed one line too late; the context mark is where the key began.
-        mark = e.context_mark if 'could not find expected' in (e.problem or '') else e.problem_mark
-        raise _fail(name, _syntax_message(e), mark.line + 1 if mark else None) from None
     except yaml.YAMLError as e:
-        raise _fail(name, f'not valid YAML: {e}', None) from None
+        raise syntax_error(e, name) from None
     if root is None:
         raise _fail(name, 'the file is empty; a config is a mapping of keys to values', None)
     if not isinstance(root, yaml.MappingNode):
@@ -70,6 +66,15 @@ def _read_text(name: str) -> str:
         raise _fail(name, 'permission denied', None) from None
     except UnicodeDecodeError as e:
         raise _fail(name, f'not UTF-8 text (byte {e.start}); save the file as UTF-8', None) from None
+
+
+def syntax_error(error: yaml.YAMLError, name: str) -> ConfigError:
+    """What PyYAML found wrong, with the line."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return _fail(name, f'not valid YAML: {str(error).splitlines()[0]}', None)
+    # A forgotten colon is noticed one line too late; the context mark is where the key began.
+    mark = error.context_mark if 'could not find expected' in (error.problem or '') else error.problem_mark
+    return _fail(name, _syntax_message(error), mark.line + 1 if mark else None)
 
 
 def _fail(name: str, message: str, line: int | None) -> ConfigError:
