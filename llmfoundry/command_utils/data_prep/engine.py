@@ -125,8 +125,6 @@ def convert(source: Source, plan: ConversionPlan, output: Path, extra_files: Map
             journal.discard(remove_output=False)
             return _Conversion(source, replace(plan, use_tiktoken=False), journal).run(extra_files or {})
     except OSError as e:
-        if e.filename is not None and str(output) not in str(e.filename) and str(e.filename) not in str(output):
-            raise
         reason = os.strerror(e.errno) if e.errno else str(e)
         raise DataError(f'cannot write the output: {reason}. Make room or choose another folder, then run the same command again.', file=str(output)) from e
     finally:
@@ -206,7 +204,7 @@ class _Conversion:
         progress = Progress(self.plan.name, self.source.total_bytes, state.input_bytes)
         last = time.monotonic()
         try:
-            blocks = ((block, block.segments) for block in self.source.blocks(state.position))
+            blocks = ((block, block.segments) for block in _readable(self.source.blocks(state.position)))
             for block, encoded in pool.map(blocks):
                 self._take(encoded)
                 state.position, state.input_bytes = vars(block.after).copy(), block.bytes_read
@@ -281,6 +279,14 @@ class _Conversion:
             self._checkpoint()
             raise DatasetTooSmallError(f'{documents:,} documents{unit} make no sample, so nothing was written.')
         self._checkpoint()
+
+
+def _readable(blocks: Iterator[Block]) -> Iterator[Block]:
+    """``blocks``, with failures of the input told apart from failures of the output."""
+    try:
+        yield from blocks
+    except OSError as e:
+        raise DataError(f'the input cannot be read any further: {e}. What was converted is kept: run the same command again to go on.') from e
 
 
 def _as_text_samples(encoded: Encoded) -> tuple[np.ndarray, bytes]:

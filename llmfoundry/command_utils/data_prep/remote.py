@@ -65,7 +65,8 @@ def list_files(uri: str, patterns: tuple[str, ...]) -> list[tuple[str, int]]:
         if not filesystem.exists(path):
             return []
         entries = filesystem.find(path, detail=True)
-        pairs = [(filesystem.unstrip_protocol(name), int(entry.get('size') or 0)) for name, entry in entries.items()]
+        # Built from the URI as it was given: file systems differ in how they spell their own names.
+        pairs = [(join(uri.rstrip('/'), name[len(path):].lstrip('/')), int(entry.get('size') or 0)) for name, entry in entries.items()]
     else:
         store, key = _object_store(uri)
         root = uri[: len(uri) - len(key)] if key else uri
