@@ -11,11 +11,13 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any, ContextManager, Mapping
 
+import torch
+
 from llmfoundry import builders, dist
 from llmfoundry.errors import ConfigError, ConfigProblem
 from llmfoundry.models.meta_device import init_empty_weights
 
-__all__ = ['Placement', 'build_parallelism_config', 'fsdp2_settings', 'resolve_placement']
+__all__ = ['Placement', 'build_parallelism_config', 'fsdp2_settings', 'process_init_device', 'resolve_placement']
 
 INIT_DEVICES = ('cpu', 'meta', 'mixed')
 # sharding_strategy of FSDP1 -> whether FSDP2 frees a layer's gathered weights after its forward. NO_SHARD and the hybrid ones have no one-to-one form.
@@ -83,6 +85,22 @@ def resolve_placement(
         notes.append('model.init_device: meta -> cpu, since Composer creates sharded weights from the meta device on CUDA only; every rank builds the same weights from the seed')
         init_device = 'cpu'
     return Placement(init_device, fsdp, tp, tuple(notes))
+
+
+def process_init_device(model_cfg: dict[str, Any], fsdp_config: dict[str, Any] | None = None) -> ContextManager:
+    """The form in which plug-ins ask for ``resolve_placement``: edits both dicts in place and returns the context under which to build the model.
+
+    Raises:
+        ConfigError: as ``resolve_placement``.
+    """
+    placement = resolve_placement(
+        model_cfg.get('init_device'), fsdp_config, None, world_size=dist.get_world_size(), rank=dist.get_global_rank(), has_cuda=torch.cuda.is_available(),
+    )
+    if placement.init_device is not None:
+        model_cfg['init_device'] = placement.init_device
+    if fsdp_config is not None:
+        fsdp_config.update(placement.fsdp_config or {})
+    return placement.init_context()
 
 
 def fsdp2_settings(fsdp_config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

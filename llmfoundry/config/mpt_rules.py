@@ -134,6 +134,18 @@ def _activation(m: _Model) -> None:
 _DMOE_KEYS = ('moe_num_experts', 'moe_top_k', 'mlp_type', 'moe_jitter_eps', 'moe_normalize_expert_weights', 'uniform_expert_assignment')
 
 
+_DENSE_KEYS = ('ffn_type', 'ffn_hidden_size', 'ffn_act_fn')
+_FFN_KEYS = {'mptmlp': _DENSE_KEYS, 'mptglu': _DENSE_KEYS, 'torch_dmoe': (*_DENSE_KEYS, *_DMOE_KEYS)}
+
+
+def _ffn_keys(m: _Model) -> None:
+    """Our own layers take few keys; those of other kinds would be refused when the layer is built."""
+    kind = m['ffn_config.ffn_type']
+    for key in m.block.get('ffn_config') or {}:
+        if kind in _FFN_KEYS and key not in _FFN_KEYS[kind]:
+            m.add(f'ffn_config.{key}', f'is not a key of ffn_type {kind}, which takes {", ".join(_FFN_KEYS[kind])}')
+
+
 def _experts(m: _Model) -> None:
     if m['ffn_config.ffn_type'] == 'torch_dmoe':
         missing = [k for k in _DMOE_KEYS if k not in m.block['ffn_config']]
@@ -157,7 +169,7 @@ def _block_overrides(m: _Model) -> None:
 
 _RULES: tuple[Callable[[_Model], None], ...] = (
     _positive_sizes, _probabilities, _heads_divide_width, _integral_hidden_size, _kv_heads, _query_key_norms, _one_position_scheme, _rope_types, _cross_attention,
-    _no_sequence_parallelism, _sliding_window, _logit_scale, _init_config, _activation, _experts, _block_overrides,
+    _no_sequence_parallelism, _sliding_window, _logit_scale, _init_config, _activation, _ffn_keys, _experts, _block_overrides,
 )  # fmt: skip
 
 

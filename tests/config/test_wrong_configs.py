@@ -267,11 +267,14 @@ CASES: list[tuple[str, Edits, tuple[str, ...], list[str]]] = [
         "precision (c.yaml:41): expected one of 'fp32', 'amp_fp16', 'amp_bf16', 'amp_fp8', got 'bf16'",
         "seed (command line): expected an integer, got 'x'",
     ]),
+    ('key of another kind of ffn', (), ('model.ffn_config.moe_top_k=2',), [
+        'model.ffn_config.moe_top_k (command line): is not a key of ffn_type mptmlp, which takes ffn_type, ffn_hidden_size, ffn_act_fn',
+    ]),
 ]  # fmt: skip
 
 
 def test_table_is_long() -> None:
-    assert len(CASES) == 82
+    assert len(CASES) == 83
 
 
 @pytest.mark.parametrize(('edits', 'overrides', 'expected'), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
