@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from llmfoundry.models.layers import norm as norm_module
 from llmfoundry.models.layers.layer_builders import build_norm
 from llmfoundry.models.layers.norm import LPLayerNorm, LPRMSNorm, RMSNorm, TritonRMSNorm
 
@@ -47,6 +49,36 @@ def test_gradients(name: str) -> None:
     torch.manual_seed(0)
     norm = _randomised(name).double()
     assert torch.autograd.gradcheck(norm, torch.randn(2, WIDTH, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize('shape', [(5, WIDTH), (2, 3, WIDTH)])
+@pytest.mark.parametrize('has_weight', [True, False])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+def test_own_backward_of_the_rms_norm_equals_torchs(shape: tuple[int, ...], has_weight: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    weight = torch.randn(WIDTH, dtype=dtype, requires_grad=True) if has_weight else None
+    wanted = [x, weight] if has_weight else [x]
+    grad = torch.randn(shape, dtype=dtype)
+    ours, torchs = norm_module._rms_norm(x, (WIDTH,), weight, 1e-5), F.rms_norm(x, (WIDTH,), weight, 1e-5)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(ours, torchs, atol=tolerance, rtol=tolerance)
+    for a, b in zip(torch.autograd.grad(ours, wanted, grad), torch.autograd.grad(torchs, wanted, grad), strict=True):
+        assert a.dtype == b.dtype == dtype
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+def test_rms_norm_keeps_its_input_and_one_number_per_row() -> None:
+    kept: list[int] = []
+    norm, x = RMSNorm(WIDTH), torch.randn(7, WIDTH, requires_grad=True)
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(0 if tensor.data_ptr() in (x.data_ptr(), norm.weight.data_ptr()) else tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        norm(x)
+    assert sum(kept) == 7
 
 
 @pytest.mark.parametrize('norm_cls', [LPLayerNorm, LPRMSNorm])
