@@ -46,6 +46,7 @@ def train(cfg: TrainConfig) -> Trainer:
 
     # What goes around the model
     tokenizer = builders.build_tokenizer(cfg.tokenizer['name'], cfg.tokenizer.get('kwargs'))
+    parts.check_vocabulary(cfg, tokenizer)
     scheduler = builders.build_scheduler(*builders.split_name(cfg.scheduler, 'scheduler'))
     loggers = parts.build_loggers(cfg)
     logged_cfg = setup.merge_metadata(cfg.to_dict(), cfg.metadata, cfg.flatten_metadata)

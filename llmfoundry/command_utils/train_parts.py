@@ -30,6 +30,7 @@ from llmfoundry.errors import TRAIN_DATALOADER, BaseContextualError, ConfigError
 from llmfoundry.loggers.console import TrainConsoleLogger
 from llmfoundry.models.cpu_autocast import wrap_forward
 from llmfoundry.models.mpt import param_count
+from llmfoundry.tokenizers.build import check_vocab
 
 __all__ = [
     'build_algorithms',
@@ -39,6 +40,7 @@ __all__ = [
     'build_profiler',
     'build_train_loader',
     'build_trainer',
+    'check_vocabulary',
     'count_parameters',
     'fit',
     'prepare_saving',
@@ -164,6 +166,16 @@ def build_model(cfg: TrainConfig, tokenizer: Any, placement: Placement) -> Any:
     if folder is not None and dist.get_global_rank() == 0:
         check_free_space(folder, sum(p.numel() * p.element_size() for p in model.parameters()))
     return model
+
+
+def check_vocabulary(cfg: TrainConfig, tokenizer: Any) -> None:
+    """Checks, before data and model are built, that every token id has an embedding. Models without ``vocab_size`` in the YAML check it themselves.
+
+    Raises:
+        ConfigError: (a ValueError) ``model.vocab_size`` is smaller than the tokenizer.
+    """
+    if cfg.model.get('vocab_size') is not None:
+        check_vocab(tokenizer, cfg.model['vocab_size'], cfg.tokenizer['name'])
 
 
 def count_parameters(model: Any) -> dict[str, int]:

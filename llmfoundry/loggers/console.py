@@ -6,8 +6,8 @@
              Train loss/train/total: 10.9736
 
 Composer's own console logger prints every metric under its full key: bookkeeping (``time/batch``, ``time/sample``, ...) and a dozen rates per step, in which the loss
-drowns. Ours keeps its intervals and evaluation lines, prints the metrics of the model and the losses first, and after them the few figures that
-a watcher acts on (learning rate, tokens per second, time left) when their callbacks are on. Everything else still goes to the other loggers.
+drowns. Ours keeps its intervals and evaluation lines, prints these three first, then other metrics of the model, and the few figures that a watcher acts on (learning
+rate, tokens per second, time left) when their callbacks are on. Everything else still goes to the other loggers.
 """
 
 from __future__ import annotations
@@ -20,19 +20,17 @@ from composer.utils import dist
 __all__ = ['Figure', 'TrainConsoleLogger', 'console_lines']
 
 METRIC_PREFIX = 'metrics/train/'
-SHORT_NAMES = {'LanguagePerplexity': 'Perplexity'}
+SHORT_NAMES = {'LanguageCrossEntropy': 'LanguageCrossEntropy', 'LanguagePerplexity': 'Perplexity'}
 EXTRA_PREFIXES = ('lr-', 'throughput/tokens_per_sec', 'throughput/device/mfu', 'time/remaining_estimate')
 
 
 def console_lines(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Chooses and names what one training step prints, in order: model metrics, losses, then the extras."""
-    model_metrics = {}
-    for key in sorted(k for k in metrics if k.startswith(METRIC_PREFIX)):
-        name = key[len(METRIC_PREFIX):]
-        model_metrics[SHORT_NAMES.get(name, name)] = metrics[key]
+    """Chooses and names what one training step prints, in order: the documented lines, other model metrics, the extras."""
+    model_metrics = {k[len(METRIC_PREFIX):]: metrics[k] for k in sorted(metrics) if k.startswith(METRIC_PREFIX)}
+    documented = {SHORT_NAMES[name]: model_metrics.pop(name) for name in SHORT_NAMES if name in model_metrics}
     losses = {k: metrics[k] for k in sorted(metrics) if k.startswith('loss/')}
     extras = {k: Figure(metrics[k]) for prefix in EXTRA_PREFIXES for k in sorted(metrics) if k.startswith(prefix)}
-    return {**model_metrics, **losses, **extras}
+    return {**documented, **losses, **model_metrics, **extras}
 
 
 class Figure(float):

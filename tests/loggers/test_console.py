@@ -35,6 +35,11 @@ def test_the_documented_lines() -> None:
     )
 
 
+def test_other_metrics_of_the_model_follow_the_documented_ones() -> None:
+    lines = _print({'metrics/train/TokenAccuracy': 0.5, 'metrics/train/LanguageCrossEntropy': 1.0, 'metrics/train/A': 2.0, 'loss/train/total': 1.0}).splitlines()
+    assert [line.split()[1] for line in lines[1:]] == ['LanguageCrossEntropy:', 'loss/train/total:', 'A:', 'TokenAccuracy:']
+
+
 def test_extras_follow_with_four_digits() -> None:
     assert _print(LOGGED).splitlines()[4:] == ['\t Train lr-DecoupledAdamW/group0: 3e-05', '\t Train time/remaining_estimate: 0.25']
 
