@@ -130,7 +130,7 @@ def _load_pretrained(name: str, folder_or_hub_name: str, kwargs: dict[str, Any])
 def _why_not_loaded(name: str, folder_or_hub_name: str, error: Exception) -> str:
     cause = ' '.join(str(error).split())
     cause = cause if len(cause) <= 300 else f'{cause[:300]}...'
-    if 'trust_remote_code' in cause:
+    if 'trust_remote_code' in str(error):
         return f'{name!r} needs Python code from its repository. If you trust that code, set tokenizer.kwargs.trust_remote_code: true'
     if os.path.isdir(folder_or_hub_name):
         files = ', '.join(sorted(os.listdir(folder_or_hub_name))[:10]) or 'nothing'

@@ -1,0 +1,126 @@
+"""Shared memory of dead runs is removed at the next start; that of live runs is not touched."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+
+from llmfoundry.data import shm_hygiene
+from llmfoundry.data.text_data import StreamingTextDataset
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(not Path('/dev/shm').is_dir(), reason='shared memory cannot be listed here')
+
+JOB = """
+import sys, time
+from llmfoundry.data.text_data import build_text_dataloader
+from llmfoundry.tokenizers import build_tokenizer
+if __name__ == '__main__':
+    dataset = {'remote': sys.argv[1], 'local': sys.argv[2], 'split': 'train', 'max_seq_len': 16}
+    loader = build_text_dataloader(build_tokenizer('llmfoundry://gpt2', {}), 4, dataset, True, 2, pin_memory=False).dataloader
+    batches = iter(loader)
+    next(batches)
+    print(loader.dataset._shm_prefix_int, flush=True)
+    if sys.argv[3] == 'stay':
+        time.sleep(300)
+"""
+
+
+def start(data: Path, local: Path, runs: Path, what: str) -> tuple[subprocess.Popen, int]:
+    """A job in a process group of its own, and the number of its shared memory."""
+    env = {**os.environ, 'TMPDIR': str(runs), 'OMP_NUM_THREADS': '1'}
+    job = subprocess.Popen([sys.executable, '-c', JOB, str(data), str(local), what], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert job.stdout is not None and job.stderr is not None
+    line = job.stdout.readline()
+    assert line.strip().isdigit(), job.stderr.read()
+    return job, int(line)
+
+
+def blocks(prefix: int) -> set[str]:
+    return {name for name in os.listdir('/dev/shm') if name.startswith(f'{prefix:06d}_')}
+
+
+def kill_group(job: subprocess.Popen) -> None:
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv('TMPDIR', str(tmp_path))
+    monkeypatch.setattr(shm_hygiene, '_current', None)
+    yield tmp_path
+    if shm_hygiene._current is not None:
+        shm_hygiene._remove_at_exit(shm_hygiene._current)
+
+
+@pytest.mark.slow
+def test_kill_9_of_a_process_group_leaves_nothing_for_the_next_start_and_spares_the_living(shared_tokens: Path, runs: Path, tmp_path: Path) -> None:
+    living, living_prefix = start(shared_tokens, tmp_path / 'living', runs, 'stay')
+    try:
+        doomed, doomed_prefix = start(shared_tokens, tmp_path / 'doomed', runs, 'stay')
+        before = blocks(living_prefix)
+        kill_group(doomed)
+        assert blocks(doomed_prefix), 'the kill left nothing, so this test shows nothing'
+        # The same local folder again: Streaming would refuse it while the dead run's blocks name it.
+        successor, successor_prefix = start(shared_tokens, tmp_path / 'doomed', runs, 'end')
+        assert successor.wait(60) == 0
+        assert successor_prefix == doomed_prefix, 'the freed number is taken again'
+        assert not blocks(doomed_prefix)
+        assert blocks(living_prefix) == before and before
+        assert living.poll() is None
+        folders = list(shm_hygiene.runs_folder().glob('run-*'))
+        assert len(folders) == 1, 'the folders of the dead run and of the one that ended are gone'
+    finally:
+        kill_group(living)
+    assert shm_hygiene.clean_dead_runs() == [living_prefix]
+    assert not blocks(living_prefix) and not list(shm_hygiene.runs_folder().glob('run-*'))
+
+
+def test_leftovers_that_are_not_ours_do_not_stop_a_start(gpt2: Any, shared_tokens: Path, runs: Path, tmp_path: Path) -> None:
+    """Blocks of a run that nobody recorded, which even name the same local folder: kept, and not in the way."""
+    from streaming.base.shared.prefix import _pack_locals
+
+    local = tmp_path / 'copy'
+    prefix = next(p for p in range(1000) if p not in shm_hygiene.prefixes_in_use())
+    stray = Path(f'/dev/shm/{prefix:06d}_locals')
+    stray.write_bytes(_pack_locals([str(local / 'train')], prefix))
+    try:
+        started = time.monotonic()
+        dataset = StreamingTextDataset(gpt2, 16, remote=str(shared_tokens), local=str(local), split='train', batch_size=4)
+        assert dataset._shm_prefix_int != prefix and stray.exists()
+        assert time.monotonic() - started < 30
+        assert len(list(dataset)) == 100
+    finally:
+        stray.unlink()
+
+
+def test_the_number_is_recorded_and_the_environment_unchanged(gpt2: Any, shared_tokens: Path, runs: Path) -> None:
+    import json
+    import tempfile
+
+    saved = tempfile.tempdir
+    dataset = StreamingTextDataset(gpt2, 16, local=str(shared_tokens), split='train', batch_size=4)
+    (owner,) = shm_hygiene.runs_folder().glob('run-*/owner.json')
+    record = json.loads(owner.read_text())
+    assert record['shm_prefixes'] == [dataset._shm_prefix_int] and record['pid'] == os.getpid()
+    assert tempfile.tempdir == saved and os.environ['TMPDIR'] == str(runs)
+    assert shm_hygiene.clean_dead_runs() == [], 'a live run, this one, is not cleaned'
+    assert owner.exists() and blocks(dataset._shm_prefix_int)
+
+
+def test_a_failure_is_seen_by_other_processes(tmp_path: Path) -> None:
+    here, there = shm_hygiene.SharedFailure(str(tmp_path / 'failure')), shm_hygiene.SharedFailure(str(tmp_path / 'failure'))
+    assert not there.is_set()
+    here.publish('first')
+    here.publish('second')
+    time.sleep(0.15)
+    assert there.is_set() and there.reason() == 'first'
+    assert [p.name for p in tmp_path.iterdir()] == ['failure']
