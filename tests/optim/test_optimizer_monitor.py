@@ -20,15 +20,18 @@ def _log(model: torch.nn.Module, optimizer: torch.optim.Optimizer, fsdp_enabled:
 
 
 @pytest.mark.parametrize('fsdp_enabled', [False, True])
-@pytest.mark.parametrize('name', ['decoupled_adamw', 'decoupled_lionw', 'adalr_lion', 'clip_lion'])
-def test_logged_norms_are_those_of_the_step(name: str, fsdp_enabled: bool) -> None:
+@pytest.mark.parametrize(
+    ('name', 'kwargs'),
+    [('decoupled_adamw', {}), ('decoupled_adamw', {'amsgrad': True}), ('decoupled_lionw', {}), ('adalr_lion', {}), ('clip_lion', {})],
+)
+def test_logged_norms_are_those_of_the_step(name: str, kwargs: dict, fsdp_enabled: bool) -> None:
     torch.manual_seed(0)
     model = torch.nn.Linear(6, 4)
     groups = [{'params': [model.weight]}, {'params': [model.bias], 'lr': 0.3, 'weight_decay': 0.2}]
-    optimizer = registry.optimizers.get(name)(groups, lr=0.1, weight_decay=1e-4)
-    for _ in range(3):
+    optimizer = registry.optimizers.get(name)(groups, lr=0.1, weight_decay=1e-4, **kwargs)
+    for step in range(30):
         for param in model.parameters():
-            param.grad = torch.randn_like(param)
+            param.grad = torch.randn_like(param) * 0.7**step  # falling, so that amsgrad makes a difference
         before = {key: param.detach().clone() for key, param in model.named_parameters()}
         optimizer.step()
     for group in optimizer.param_groups:
