@@ -21,6 +21,7 @@ from llmfoundry.models.layers.attention import AttentionInputs
 from llmfoundry.models.layers.blocks import BlockOutput, MPTBlock
 from llmfoundry.models.layers.embedding import SharedEmbedding
 from llmfoundry.models.layers.layer_builders import build_norm
+from llmfoundry.models.layers.megablocks_args import config_moe_args
 from llmfoundry.models.layers.position import gen_rotary_embedding, gen_slopes
 from llmfoundry.models.mpt.attention_inputs import build_mask, check_sequence_id, flash_padding_info_for, gen_position_ids, is_left_padded
 from llmfoundry.models.mpt.configuration_mpt import MPTConfig
@@ -78,7 +79,8 @@ class MPTModel(MPTPreTrainedModel):
         if config.learned_pos_emb:
             self.wpe = nn.Embedding(config.max_seq_len, config.d_model, device=device)
         self.emb_drop = nn.Dropout(config.emb_pdrop) if config.emb_pdrop else nn.Identity()
-        self.blocks = nn.ModuleList(_build_block(config, index, layer, device) for index, layer in enumerate(config.layer_attn_configs))
+        ffn_config = config_moe_args(config.ffn_config, config.d_model, config.expansion_ratio, config.n_layers)
+        self.blocks = nn.ModuleList(_build_block(config, index, layer, ffn_config, device) for index, layer in enumerate(config.layer_attn_configs))
         self.norm_f = build_norm(config.norm_type, config.d_model, config.norm_eps, device)
         self.rotary_embedding = None
         if attn['rope']:
@@ -248,7 +250,7 @@ class MPTModel(MPTPreTrainedModel):
         return x, presents, states, weights
 
 
-def _build_block(config: MPTConfig, index: int, layer_attn_config: dict[str, Any], device: str | None) -> MPTBlock:
+def _build_block(config: MPTConfig, index: int, layer_attn_config: dict[str, Any], ffn_config: dict[str, Any], device: str | None) -> MPTBlock:
     attn_config = {key: value for key, value in layer_attn_config.items() if key not in _MODEL_ATTN_KEYS}
     attn_config.update(layer_idx=index, head_dim=config.head_dim, fc_type=config.fc_type, attention_bias=config.attention_bias)
     return MPTBlock(
@@ -256,7 +258,7 @@ def _build_block(config: MPTConfig, index: int, layer_attn_config: dict[str, Any
         n_heads=config.n_heads,
         expansion_ratio=config.expansion_ratio,
         attn_config=attn_config,
-        ffn_config={**config.ffn_config, 'fc_type': config.fc_type},
+        ffn_config={**ffn_config, 'fc_type': config.fc_type},
         norm={'norm_type': config.norm_type, 'norm_eps': config.norm_eps},
         resid_pdrop=config.resid_pdrop,
         no_bias=config.no_bias,
