@@ -209,9 +209,11 @@ class HuggingFaceCheckpointer(Callback):
             return
         config = self.transform_config(copy.deepcopy(composer_model.model.config))
         live = _checkpoint(composer_model, config, weights)
-        # A second model around the same tensors: hooks may change it without touching the one in training.
+        # A second model around the same tensors; on the CPU these are the ones in training, so hooks get a copy.
         model = fill(build_shell(live, build_config(live, True), True), live.weights)
-        model, tokenizer = self.transform_model_and_tokenizer(model, composer_model.tokenizer)
+        tokenizer = composer_model.tokenizer
+        if type(self).transform_model_and_tokenizer is not HuggingFaceCheckpointer.transform_model_and_tokenizer:
+            model, tokenizer = self.transform_model_and_tokenizer(copy.deepcopy(model), copy.deepcopy(tokenizer))
         model.config.use_cache = config.use_cache
         transformed = _checkpoint(composer_model, model.config, model.state_dict())
         options = ExportOptions(

@@ -23,7 +23,7 @@ from torch.torch_version import TorchVersion
 
 from llmfoundry.errors import CheckpointError, UnsafeCheckpointError
 
-__all__ = ['check_extra_classes', 'load_checkpoint_file', 'safe_classes']
+__all__ = ['check_extra_classes', 'load_checkpoint_file', 'refused_class', 'safe_classes']
 
 _REFUSED_GLOBAL = re.compile(r'GLOBAL (\S+) was not an allowed global')
 # Training time as callbacks may store it. Allowed when met rather than beforehand, since importing Composer takes longer than reading most checkpoints.
@@ -103,7 +103,7 @@ def load_checkpoint_file(path: str | os.PathLike, extra_classes: Iterable[str] =
         try:
             loaded = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and _is_zip(path))
         except pickle.UnpicklingError as e:
-            refused = _refused_class(e)
+            refused = refused_class(e)
             if refused in _COMPOSER_CLASSES - allowed:
                 return load_checkpoint_file(path, allowed | {refused}, mmap)
             raise _explain_refusal(path, e) from e
@@ -123,7 +123,7 @@ def _is_zip(path: str) -> bool:
         return f.read(4) == b'PK\x03\x04'
 
 
-def _refused_class(error: pickle.UnpicklingError) -> str | None:
+def refused_class(error: pickle.UnpicklingError) -> str | None:
     """The class or function that torch's message says it refused."""
     match = _REFUSED_MODULE.search(str(error)) or _REFUSED_GLOBAL.search(str(error))
     return match.group(1) if match else None
@@ -131,7 +131,7 @@ def _refused_class(error: pickle.UnpicklingError) -> str | None:
 
 def _explain_refusal(path: str, error: pickle.UnpicklingError) -> CheckpointError:
     """Turns torch's message into one that names the class and the remedy."""
-    name = _refused_class(error)
+    name = refused_class(error)
     if name is None:
         cause = re.sub(r'\s+', ' ', str(error)).strip()[-300:]
         return CheckpointError(f'{path!r} cannot be read as a checkpoint. Cause: {cause}')

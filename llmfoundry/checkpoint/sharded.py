@@ -16,7 +16,7 @@ from typing import Any, Iterable
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
-from llmfoundry.checkpoint.safe_load import check_extra_classes, safe_classes
+from llmfoundry.checkpoint.safe_load import check_extra_classes, refused_class, safe_classes
 from llmfoundry.errors import CheckpointError, UnsafeCheckpointError
 
 __all__ = ['METADATA_FILE', 'ShardedCheckpoint']
@@ -147,7 +147,13 @@ class ShardedCheckpoint:
         try:
             return torch.load(io.BytesIO(blob), map_location='cpu', weights_only=True)
         except pickle.UnpicklingError as e:
-            raise UnsafeCheckpointError(f'{path!r}: the value {name!r} holds a class that a Composer checkpoint does not need: {str(e)[-300:]}') from e
+            refused = refused_class(e)
+            if refused is None:
+                raise CheckpointError(f'{path!r}: {name!r} at byte {info.offset:,} is damaged. Cause: {str(e)[-300:]}') from e
+            raise UnsafeCheckpointError(
+                f'{path!r}: the value {name!r} is an object of {refused}, which is not among the classes that a Composer checkpoint needs. Reading it would run that code, '
+                f'so the folder is refused. If {refused} is a class of your own, allow it by name: --allow_class {refused}',
+            ) from e
         except (RuntimeError, EOFError, ValueError) as e:
             raise CheckpointError(f'{path!r}: {name!r} at byte {info.offset:,} is damaged. Cause: {e}') from e
 

@@ -45,8 +45,8 @@ def save_in_shards(composer_file: str, folder: str) -> list[str]:
 @pytest.fixture(scope='module')
 def sharded(alibi_run: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp('sharded') / 'ep0-ba2'
-    names = run_in_processes(save_in_shards, 3, str(alibi_run.path), str(folder))[0]
-    assert names and len(list(folder.glob('*.distcp'))) == 3
+    names = run_in_processes(save_in_shards, 2, str(alibi_run.path), str(folder))[0]
+    assert names and len(list(folder.glob('*.distcp'))) == 2
     return folder
 
 
@@ -55,7 +55,7 @@ def copied(sharded: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sharded, tmp_path / 'copy'))
 
 
-def test_pieces_of_three_ranks_make_the_whole_tensors(sharded: Path, alibi_run: TrainedRun) -> None:
+def test_pieces_of_two_ranks_make_the_whole_tensors(sharded: Path, alibi_run: TrainedRun) -> None:
     wanted = torch.load(alibi_run.path, weights_only=False)['state']
     with open_checkpoint(str(sharded)) as checkpoint:
         assert set(checkpoint.weights) == {k.removeprefix('model.') for k in wanted['model']}

@@ -19,7 +19,7 @@ VOCAB_SIZE = 50304
 _BASE: dict[str, Any] = {'d_model': 16, 'n_heads': 4, 'n_layers': 2, 'vocab_size': VOCAB_SIZE, 'max_seq_len': 40, 'expansion_ratio': 2, 'init_device': 'cpu'}
 _MOE = {
     'ffn_type': 'torch_dmoe', 'moe_num_experts': 4, 'moe_top_k': 2, 'mlp_type': 'glu', 'moe_jitter_eps': 0.1, 'moe_normalize_expert_weights': 1,
-    'uniform_expert_assignment': False, 'moe_world_size': 1,
+    'uniform_expert_assignment': False,
 }
 MPT_VARIANTS: dict[str, dict[str, Any]] = {
     'alibi': {'no_bias': True, 'attn_config': {'alibi': True, 'attn_impl': 'flash'}},

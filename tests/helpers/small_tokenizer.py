@@ -16,7 +16,7 @@ def small_tokenizer_files(vocab_limit: int) -> dict[str, Any]:
         'pre_tokenizer': {'type': 'Whitespace'}, 'post_processor': None, 'decoder': None,
         'model': {'type': 'WordLevel', 'vocab': {**{f'w{i}': i for i in range(40)}, '<|endoftext|>': eos}, 'unk_token': '<|endoftext|>'},
     }
-    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': '<|endoftext|>', 'unk_token': '<|endoftext|>', 'model_max_length': 1000}
+    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': '<|endoftext|>', 'bos_token': '<|endoftext|>', 'unk_token': '<|endoftext|>', 'model_max_length': 1000}
     return {
         'tokenizer.json': {'file_extension': '.json', 'content': tokenizer},
         'tokenizer_config.json': {'file_extension': '.json', 'content': config},
