@@ -313,13 +313,11 @@ def build_text_dataloader(
     replication, dataset_batch_size = construct_from_registry('dataset_replication_validator', dataset_replication_validators, partial_function=False, kwargs=validator)
     collator = {'dataloader_cfg': {'dataset': dataset}, 'tokenizer': tokenizer, 'dataset_batch_size': dataset_batch_size}
     collate_fn, loader_batch_size = construct_from_registry('text_collator', collators, partial_function=False, kwargs=collator)
-
     arguments = {key: value for key, value in dataset.items() if key not in (*LOADER_DATASET_KEYS, 'streams', 'replication')}
     if dataset.get('streams') is not None:
         arguments['streams'] = stream_settings.build_streams(dataset['streams'])
     text_dataset = StreamingTextDataset(tokenizer=tokenizer, batch_size=dataset_batch_size, replication=replication if replication > 1 else None, **arguments)
-    if drop_last:
-        _check_enough_samples(text_dataset, dataset, dataset_batch_size)
+    _check_enough_samples(text_dataset, dataset, dataset_batch_size, drop_last)
     loader = TextDataLoader(
         text_dataset,
         collate_fn=collate_fn,
@@ -330,10 +328,10 @@ def build_text_dataloader(
     return construct_from_registry('data_spec', data_specs, partial_function=False, kwargs={'dl': loader, 'dataset_cfg': dataset})
 
 
-def _check_enough_samples(text_dataset: StreamingTextDataset, dataset_cfg: Mapping[str, Any], batch_size: int) -> None:
+def _check_enough_samples(text_dataset: StreamingTextDataset, dataset_cfg: Mapping[str, Any], batch_size: int, drop_last: bool) -> None:
     world_size = dist.get_world_size()
     needed = world_size * batch_size
-    if text_dataset.epoch_size < needed:
+    if drop_last and text_dataset.epoch_size < needed:
         first = text_dataset.streams[0]
         raise NotEnoughDatasetSamplesError(
             dataset_name=str(first.remote or first.local),
