@@ -71,7 +71,7 @@ def test_kill_9_of_a_process_group_leaves_nothing_for_the_next_start_and_spares_
         assert blocks(doomed_prefix), 'the kill left nothing, so this test shows nothing'
         # The same local folder again: Streaming would refuse it while the dead run's blocks name it.
         successor, successor_prefix = start(shared_tokens, tmp_path / 'doomed', runs, 'end')
-        assert successor.wait(60) == 0
+        assert successor.wait(240) == 0
         assert successor_prefix == doomed_prefix, 'the freed number is taken again'
         assert not blocks(doomed_prefix)
         assert blocks(living_prefix) == before and before
