@@ -16,6 +16,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmfoundry.callbacks.checkpoint_saver import INCOMPLETE_PREFIX
 from llmfoundry.errors import ConfigError, ConfigProblem
 
 __all__ = ['SaveNames', 'check_free_space', 'incomplete_reason', 'local_folder', 'prepare_save_folder', 'repair_latest']
@@ -60,6 +61,8 @@ def prepare_save_folder(folder: Path, names: SaveNames, *, overwrite: bool, may_
             probe.flush()
     except OSError as e:
         raise _problem(f'{str(folder)!r} cannot be written to ({type(e).__name__}: {e.strerror or e}). Choose a folder that this user may write to, on a disk with space.') from e
+    for leftover in folder.glob(f'{INCOMPLETE_PREFIX}*'):  # of a run killed while it saved
+        leftover.unlink(missing_ok=True)
     existing = _checkpoints(folder, names)
     if existing and not overwrite and not may_resume:
         raise _problem(

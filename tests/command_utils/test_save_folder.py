@@ -41,6 +41,7 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None
 
 
 def test_existing_checkpoints_are_a_collision_unless_resumed_or_overwritten(tmp_path: Path) -> None:
+    (tmp_path / '.incomplete-ep0-ba4-rank0.pt').write_text('left by a killed run')
     prepare_save_folder(tmp_path, NAMES, overwrite=False, may_resume=False)
     assert list(tmp_path.iterdir()) == []
     _checkpoint(tmp_path, 4)
