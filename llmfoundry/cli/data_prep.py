@@ -1,7 +1,7 @@
 """``llmfoundry data_prep``: the converters of scripts/data_prep as sub-commands, and ``austen`` for the shipped corpus.
 
-Only signatures live here, so ``--help`` answers at once; flags may be written with underscores (as the scripts have them) or hyphens. Values of ``--splits`` may be
-separated by commas, by spaces, or given by repeating the flag.
+Only signatures live here, so ``--help`` answers at once; flags may be written with underscores (as the scripts have them) or hyphens. Values of
+``--splits`` may be separated by commas, by spaces, or given by repeating the flag.
 """
 
 from __future__ import annotations
@@ -58,14 +58,27 @@ def convert_dataset_hf(
     bos_text: BosText = None,
     eos_text: EosText = None,
     no_wrap: NoWrap = False,
-    num_workers: Annotated[int | None, typer.Option('--num_workers', '--num-workers', '--processes', help='Tokenising processes (default: one per core).')] = None,
+    num_workers: Annotated[
+        int | None, typer.Option('--num_workers', '--num-workers', '--processes', help='Tokenising processes (default: one per core).')
+    ] = None,
     on_bad_row: OnBadRow = 'stop',
 ) -> None:
     """C4, the Pile, or a folder with files per split -> one folder of shards per split."""
     _run(
         'convert_dataset_hf:convert_dataset_hf_from_args',
-        dataset=dataset, data_subset=data_subset, splits=[*splits, *context.args], out_root=out_root, compression=compression, concat_tokens=concat_tokens,
-        tokenizer=tokenizer, tokenizer_kwargs=tokenizer_kwargs, bos_text=bos_text, eos_text=eos_text, no_wrap=no_wrap, processes=num_workers, on_bad_row=on_bad_row,
+        dataset=dataset,
+        data_subset=data_subset,
+        splits=[*splits, *context.args],
+        out_root=out_root,
+        compression=compression,
+        concat_tokens=concat_tokens,
+        tokenizer=tokenizer,
+        tokenizer_kwargs=tokenizer_kwargs,
+        bos_text=bos_text,
+        eos_text=eos_text,
+        no_wrap=no_wrap,
+        processes=num_workers,
+        on_bad_row=on_bad_row,
     )
 
 
@@ -86,8 +99,17 @@ def convert_dataset_json(
     """JSON rows with a "text" -> shards in OUT_ROOT."""
     _run(
         'convert_dataset_json:convert_dataset_json_from_args',
-        path=path, out_root=out_root, compression=compression, concat_tokens=concat_tokens, split=split, tokenizer=tokenizer, bos_text=bos_text, eos_text=eos_text,
-        no_wrap=no_wrap, processes=processes, on_bad_row=on_bad_row,
+        path=path,
+        out_root=out_root,
+        compression=compression,
+        concat_tokens=concat_tokens,
+        split=split,
+        tokenizer=tokenizer,
+        bos_text=bos_text,
+        eos_text=eos_text,
+        no_wrap=no_wrap,
+        processes=processes,
+        on_bad_row=on_bad_row,
     )
 
 
@@ -111,9 +133,20 @@ def convert_text_to_mds(
     """A folder of .txt files -> shards in OUTPUT_FOLDER."""
     _run(
         'convert_text_to_mds:convert_text_to_mds_from_args',
-        output_folder=output_folder, input_folder=input_folder, concat_tokens=concat_tokens, tokenizer=tokenizer, compression=compression, bos_text=bos_text,
-        eos_text=eos_text, use_tokenizer_eos=use_tokenizer_eos, no_wrap=no_wrap, processes=processes, reprocess=reprocess, trust_remote_code=trust_remote_code,
-        logging_level=logging_level, on_bad_row=on_bad_row,
+        output_folder=output_folder,
+        input_folder=input_folder,
+        concat_tokens=concat_tokens,
+        tokenizer=tokenizer,
+        compression=compression,
+        bos_text=bos_text,
+        eos_text=eos_text,
+        use_tokenizer_eos=use_tokenizer_eos,
+        no_wrap=no_wrap,
+        processes=processes,
+        reprocess=reprocess,
+        trust_remote_code=trust_remote_code,
+        logging_level=logging_level,
+        on_bad_row=on_bad_row,
     )
 
 

@@ -1,7 +1,7 @@
 """Iterable datasets that turn documents into pre-training samples in this process: ``ConcatTokensDataset`` and ``NoConcatDataset``.
 
-They are the plain form of what the converters of ``command_utils/data_prep`` do on all cores: simple to put before a writer or a DataLoader of one's own,
-and slower. Both share the cutting rules of ``token_concat``.
+They are the plain form of what the converters of ``command_utils/data_prep`` do on all cores: simple to put before a writer or a DataLoader of
+one's own, and slower. Both share the cutting rules of ``token_concat``.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class AbstractConcatTokensDataset(ABC, IterableDataset):
 class ConcatTokensDataset(AbstractConcatTokensDataset):
     """Yields ``{'tokens': int32 array (max_length,)}`` from rows with a ``text``.
 
-    Each document becomes bos_text + ids + eos_text; documents are laid end to end and cut every ``max_length`` tokens. The tail of the data set that does
-    not fill a sample is dropped.
+    Each document becomes bos_text + ids + eos_text; documents are laid end to end and cut every ``max_length`` tokens. The tail of the data set
+    that does not fill a sample is dropped.
 
     Args:
         hf_dataset: rows with a ``text``; a Hugging Face dataset or any iterable that may be iterated more than once.

@@ -1,7 +1,8 @@
 """Cutting a stream of tokenised documents into samples of one length, as pure functions over arrays.
 
-Pre-training wants every sample full: documents are laid end to end and cut every ``max_length`` tokens. The state between calls is only the leftover of the last
-cut, so that a converter may tokenise in parallel, cut in order, and stop and go on at any point with the same result. Imports numpy only: worker processes load it.
+Pre-training wants every sample full: documents are laid end to end and cut every ``max_length`` tokens. The state between calls is only the
+leftover of the last cut, so that a converter may tokenise in parallel, cut in order, and stop and go on at any point with the same result. Imports
+numpy only: worker processes load it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def cut_unwrapped(leftover: np.ndarray, tokens: np.ndarray, document_lengths: np
         if fills == len(ends):
             leftover = np.concatenate((leftover, tokens[start:]))
             break
-        samples.append(np.concatenate((leftover, tokens[start:start + max_length - len(leftover)])))
+        samples.append(np.concatenate((leftover, tokens[start : start + max_length - len(leftover)])))
         leftover, start, first = empty_tokens(), int(ends[fills]), fills + 1
     stacked = np.stack(samples) if samples else np.zeros((0, max_length), dtype=TOKEN_DTYPE)
     return stacked, leftover.copy()
@@ -78,11 +79,15 @@ def separator_warnings(bos_text: str, eos_text: str, bos_tokens: list[int], eos_
     found = []
     for flag, text, tokens in (('bos_text', bos_text, bos_tokens), ('eos_text', eos_text, eos_tokens)):
         if len(tokens) > 1:
-            found.append(f'{flag} {text!r} is {len(tokens)} tokens {tokens} with this tokenizer, not one: choose one of its special tokens if a single separator is meant.')
+            found.append(
+                f'{flag} {text!r} is {len(tokens)} tokens {tokens} with this tokenizer, not one: choose one of its special tokens if a single separator is meant.'
+            )
     if adds_bos and bos_text:
         found.append(f'the tokenizer puts its own BOS before every document, and bos_text {bos_text!r} comes on top of it.')
     if adds_eos and eos_text:
         found.append(f'the tokenizer puts its own EOS after every document, and eos_text {eos_text!r} comes on top of it.')
     if not (adds_bos or adds_eos or bos_text or eos_text):
-        found.append("nothing separates the documents: the tokenizer adds no BOS and no EOS, and bos_text and eos_text are empty. Pass eos_text, for example '<|endoftext|>'.")
+        found.append(
+            "nothing separates the documents: the tokenizer adds no BOS and no EOS, and bos_text and eos_text are empty. Pass eos_text, for example '<|endoftext|>'."
+        )
     return found

@@ -104,7 +104,9 @@ def test_hub_rows_go_on_after_those_that_are_done(monkeypatch):
 
 def test_wrong_arguments(c4, tmp_path):
     out = tmp_path / 'out'
-    with pytest.raises(ValueError, match='--dataset bookcorpus is not supported: use one of allenai/c4, the_pile, c4, or the path or URI of a folder'):
+    with pytest.raises(
+        ValueError, match='--dataset bookcorpus is not supported: use one of allenai/c4, the_pile, c4, or the path or URI of a folder'
+    ):
         convert('bookcorpus', out, ['train'])
     with pytest.raises(KeyError, match="unknown split 'test' of allenai/c4: it has train, train_small, val"):
         convert('c4', out, ['test'])
@@ -133,7 +135,23 @@ def test_a_split_that_is_there_is_refused_before_any_work(c4, tmp_path):
 def test_command_line_of_document_002(c4, tmp_path):
     """The printed command, with a local copy for the Hub and the shipped tokenizer for the one that is on the Hub."""
     script = ROOT / 'scripts' / 'data_prep' / 'convert_dataset_hf.py'
-    flags = ['--dataset', c4, '--data_subset', 'en', '--out_root', './my-copy-c4', '--splits', 'train_small', 'val_small', '--concat_tokens', '32', '--tokenizer', GPT2, '--eos_text', EOS]
+    flags = [
+        '--dataset',
+        c4,
+        '--data_subset',
+        'en',
+        '--out_root',
+        './my-copy-c4',
+        '--splits',
+        'train_small',
+        'val_small',
+        '--concat_tokens',
+        '32',
+        '--tokenizer',
+        GPT2,
+        '--eos_text',
+        EOS,
+    ]
     result = subprocess.run([sys.executable, script, *map(str, flags)], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert sorted(p.name for p in (tmp_path / 'my-copy-c4').iterdir()) == ['train_small', 'val_small']
@@ -145,17 +163,53 @@ def test_command_line_of_document_002(c4, tmp_path):
 
 @pytest.mark.parametrize('splits', [['val, val_xxsmall'], ['val', 'val_xxsmall'], ['val,', 'val_xxsmall']])
 def test_spaces_around_commas_do_not_matter(c4, tmp_path, splits):
-    main(['--dataset', str(c4), '--data_subset', 'en', '--out_root', str(tmp_path / 'out'), '--concat_tokens', '32', '--tokenizer', GPT2, '--eos_text', EOS, '--num_workers', '1', '--splits', *splits])
+    main(
+        [
+            '--dataset',
+            str(c4),
+            '--data_subset',
+            'en',
+            '--out_root',
+            str(tmp_path / 'out'),
+            '--concat_tokens',
+            '32',
+            '--tokenizer',
+            GPT2,
+            '--eos_text',
+            EOS,
+            '--num_workers',
+            '1',
+            '--splits',
+            *splits,
+        ]
+    )
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['val', 'val_xxsmall']
 
 
-@pytest.mark.parametrize('splits', [['--splits', 'val, val_xxsmall'], ['--splits', 'val', 'val_xxsmall'], ['--splits', 'val', '--splits', 'val_xxsmall']])
+@pytest.mark.parametrize(
+    'splits', [['--splits', 'val, val_xxsmall'], ['--splits', 'val', 'val_xxsmall'], ['--splits', 'val', '--splits', 'val_xxsmall']]
+)
 def test_typer_command(c4, tmp_path, splits):
     from typer.testing import CliRunner
 
     from llmfoundry.cli.data_prep import app
 
-    flags = ['--dataset', c4, '--data-subset', 'en', '--out_root', tmp_path / 'out', '--concat-tokens', '32', '--tokenizer', GPT2, '--eos-text', EOS, '--num-workers', '1']
+    flags = [
+        '--dataset',
+        c4,
+        '--data-subset',
+        'en',
+        '--out_root',
+        tmp_path / 'out',
+        '--concat-tokens',
+        '32',
+        '--tokenizer',
+        GPT2,
+        '--eos-text',
+        EOS,
+        '--num-workers',
+        '1',
+    ]
     result = CliRunner().invoke(app, ['convert_dataset_hf', *splits, *map(str, flags)])
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['val', 'val_xxsmall']

@@ -56,14 +56,18 @@ def test_tokenizers_library_gives_the_same_shards(rows, whole, tmp_path, capsys)
     assert digest(tmp_path / 'out') == digest(whole)
 
 
-@pytest.mark.parametrize('pack', [
-    ('rows.jsonl.gz', gzip.compress),
-    ('rows.json.zst', lambda d: zstandard.compress(d[:9000]) + zstandard.compress(d[9000:])),
-    ('rows.jsonl.xz', lzma.compress),
-    ('rows.jsonl.bz2', bz2.compress),
-    ('rows.jsonl', lambda d: b'\xef\xbb\xbf' + d.replace(b'\n', b'\r\n\r\n')),
-    ('array.json', lambda d: ('[' + ',\n '.join(d.decode().splitlines()) + ']').encode()),
-], ids=lambda p: p[0])
+@pytest.mark.parametrize(
+    'pack',
+    [
+        ('rows.jsonl.gz', gzip.compress),
+        ('rows.json.zst', lambda d: zstandard.compress(d[:9000]) + zstandard.compress(d[9000:])),
+        ('rows.jsonl.xz', lzma.compress),
+        ('rows.jsonl.bz2', bz2.compress),
+        ('rows.jsonl', lambda d: b'\xef\xbb\xbf' + d.replace(b'\n', b'\r\n\r\n')),
+        ('array.json', lambda d: ('[' + ',\n '.join(d.decode().splitlines()) + ']').encode()),
+    ],
+    ids=lambda p: p[0],
+)
 def test_every_form_of_input_gives_the_same_shards(rows, whole, tmp_path, monkeypatch, pack):
     monkeypatch.setattr(readers, 'BLOCK_BYTES', 4096)
     name, function = pack
@@ -179,16 +183,25 @@ def test_skipped_rows_are_counted_and_listed(tmp_path, capsys):
 @pytest.mark.parametrize(('name', 'pack'), [('a.jsonl.gz', gzip.compress), ('a.jsonl.zst', zstandard.compress), ('a.jsonl.xz', lzma.compress)])
 def test_a_cut_compressed_file_is_an_error_even_when_skipping(rows, tmp_path, name, pack):
     data = pack(rows.read_bytes())
-    (tmp_path / name).write_bytes(data[:len(data) // 2])
+    (tmp_path / name).write_bytes(data[: len(data) // 2])
     with pytest.raises(DataError, match=f'{name}: the compressed file is damaged or cut short .* Copy or download it again.'):
         convert(tmp_path / name, tmp_path / 'out', on_bad_row='skip')
     assert not (tmp_path / 'out' / 'index.json').exists()
 
 
-@pytest.mark.parametrize(('content', 'message'), [
-    ('[{"text": "a"},\n {"text": "b"}', 'rows.json:2: the JSON array is not closed, or is not JSON from here on. Repair the file, or write one object per line.'),
-    ('[{"text": "a"},\n 7]', "rows.json:2: a row must be a JSON object with a 'text' field, got a number. Repair the row, or pass --on_bad_row skip to leave such rows out."),
-])
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (
+            '[{"text": "a"},\n {"text": "b"}',
+            'rows.json:2: the JSON array is not closed, or is not JSON from here on. Repair the file, or write one object per line.',
+        ),
+        (
+            '[{"text": "a"},\n 7]',
+            "rows.json:2: a row must be a JSON object with a 'text' field, got a number. Repair the row, or pass --on_bad_row skip to leave such rows out.",
+        ),
+    ],
+)
 def test_bad_arrays(tmp_path, content, message):
     (tmp_path / 'rows.json').write_text(content)
     with pytest.raises(DataError) as e:
@@ -221,7 +234,9 @@ def test_wrong_arguments(rows, tmp_path):
 
 def test_output_that_is_not_empty_is_refused_and_left_alone(rows, whole, tmp_path):
     before = digest(whole)
-    with pytest.raises(ValueError, match='contains index.json, shard.00000.mds: it must be empty, so that the shards of the split .train. overlap with nothing'):
+    with pytest.raises(
+        ValueError, match='contains index.json, shard.00000.mds: it must be empty, so that the shards of the split .train. overlap with nothing'
+    ):
         convert(rows, whole)
     assert digest(whole) == before
 

@@ -19,7 +19,13 @@ from llmfoundry.command_utils.data_prep.convert_text_to_mds import (
     merge_shard_groups,
     write_done_file,
 )
-from llmfoundry.errors import CannotUnicodeDecodeFile, DatasetTooSmallError, InputFolderMissingDataError, InputFolderNotFound, OutputFolderNotEmptyError
+from llmfoundry.errors import (
+    CannotUnicodeDecodeFile,
+    DatasetTooSmallError,
+    InputFolderMissingDataError,
+    InputFolderNotFound,
+    OutputFolderNotEmptyError,
+)
 from tests.helpers.prepared_data import EOS, GPT2, digest, expected_tokens, random_texts, read_tokens
 
 TEXTS = random_texts(12, seed=4, words=300)
@@ -40,7 +46,18 @@ ORDERED = [*TEXTS[0::2], *TEXTS[1::2]]
 
 
 def convert(texts, out, **changes):
-    return convert_text_to_mds(**{'tokenizer_name': GPT2, 'output_folder': str(out), 'input_folder': str(texts), 'concat_tokens': 32, 'eos_text': EOS, 'processes': 1, 'args_str': 'a', **changes})
+    return convert_text_to_mds(
+        **{
+            'tokenizer_name': GPT2,
+            'output_folder': str(out),
+            'input_folder': str(texts),
+            'concat_tokens': 32,
+            'eos_text': EOS,
+            'processes': 1,
+            'args_str': 'a',
+            **changes,
+        }
+    )
 
 
 def test_one_separator_pair_per_file_in_the_order_of_names(texts, tmp_path):

@@ -45,7 +45,10 @@ def test_full_disk_then_room(tmp_path, small_disk, inner):
         ballast.write_bytes(b'x' * 600_000)
     result = _script(*_flags(rows, out))
     assert result.returncode == 1
-    assert f'error: {out}: cannot write the output: No space left on device. Make room or choose another folder, then run the same command again.' in result.stderr
+    assert (
+        f'error: {out}: cannot write the output: No space left on device. Make room or choose another folder, then run the same command again.'
+        in result.stderr
+    )
     assert 'Traceback' not in result.stderr
     assert not (out / 'index.json').exists()
     subprocess.run(['mount', '-o', 'remount,size=64m', str(small_disk)], check=True)
@@ -62,7 +65,10 @@ def test_output_that_is_a_file_or_below_one(tmp_path):
     for out, reason in ((tmp_path / 'file', 'File exists'), (tmp_path / 'file' / 'sub', 'Not a directory')):
         result = _script(*_flags(rows, out))
         assert result.returncode == 1
-        assert result.stderr == f'error: {out}: cannot write the output: {reason}. Make room or choose another folder, then run the same command again.\n'
+        assert (
+            result.stderr
+            == f'error: {out}: cannot write the output: {reason}. Make room or choose another folder, then run the same command again.\n'
+        )
     assert (tmp_path / 'file').read_text() == 'mine'
 
 
@@ -131,7 +137,11 @@ def test_progress_says_share_rate_and_time_left():
 
 def test_scripts_are_thin_and_answer_help():
     names = sorted(p.stem for p in SCRIPTS.glob('*.py'))
-    assert [n for n in names if n in ('convert_dataset_hf', 'convert_dataset_json', 'convert_text_to_mds')] == ['convert_dataset_hf', 'convert_dataset_json', 'convert_text_to_mds']
+    assert [n for n in names if n in ('convert_dataset_hf', 'convert_dataset_json', 'convert_text_to_mds')] == [
+        'convert_dataset_hf',
+        'convert_dataset_json',
+        'convert_text_to_mds',
+    ]
     for name in names:
         assert len((SCRIPTS / f'{name}.py').read_text().splitlines()) < 20
         result = subprocess.run([sys.executable, SCRIPTS / f'{name}.py', '--help'], capture_output=True, text=True, check=False)

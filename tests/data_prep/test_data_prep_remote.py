@@ -66,7 +66,15 @@ def test_hf_from_file_uri_to_file_uri(tmp_path):
 def test_text_to_memory_with_done_file(memory, tmp_path):
     memory.pipe_file('/txt/b.txt', TEXTS[1].encode())
     memory.pipe_file('/txt/a.txt', ' '.join(TEXTS).encode())
-    arguments = {'tokenizer_name': GPT2, 'output_folder': 'memory://mds', 'input_folder': 'memory://txt', 'concat_tokens': 16, 'eos_text': EOS, 'processes': 1, 'args_str': 'args'}
+    arguments = {
+        'tokenizer_name': GPT2,
+        'output_folder': 'memory://mds',
+        'input_folder': 'memory://txt',
+        'concat_tokens': 16,
+        'eos_text': EOS,
+        'processes': 1,
+        'args_str': 'args',
+    }
     assert convert_text_to_mds(**arguments) is not None
     names = {Path(n).name for n in memory.ls('/mds', detail=False)}
     assert names == {'index.json', 'shard.00000.mds', DONE_FILENAME}
@@ -92,7 +100,11 @@ class _Store:
         self.root = root
 
     def list_objects(self, prefix):
-        return sorted(p.relative_to(self.root).as_posix() for p in self.root.rglob('*') if p.is_file() and p.relative_to(self.root).as_posix().startswith(prefix))
+        return sorted(
+            p.relative_to(self.root).as_posix()
+            for p in self.root.rglob('*')
+            if p.is_file() and p.relative_to(self.root).as_posix().startswith(prefix)
+        )
 
     def get_object_size(self, name):
         return (self.root / name).stat().st_size

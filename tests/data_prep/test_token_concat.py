@@ -19,7 +19,7 @@ def _groups(documents, sizes):
     at = n = 0
     while at < len(documents):
         size = sizes[n % len(sizes)]
-        yield documents[at:at + size]
+        yield documents[at : at + size]
         at, n = at + size, n + 1
 
 

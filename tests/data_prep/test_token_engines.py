@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmfoundry.command_utils.data_prep.token_engines import AWKWARD_STRINGS, BackendEngine, NotByteLevelBPE, TiktokenEngine, build_engine, difference, plan_tiktoken, sample_slices
+from llmfoundry.command_utils.data_prep.token_engines import (
+    AWKWARD_STRINGS,
+    BackendEngine,
+    NotByteLevelBPE,
+    TiktokenEngine,
+    build_engine,
+    difference,
+    plan_tiktoken,
+    sample_slices,
+)
 from llmfoundry.command_utils.data_prep.tokenizer_spec import TokenizerSpec, describe_tokenizer
 from tests.helpers.prepared_data import gpt2_tokenizer, random_texts
 
@@ -30,7 +39,7 @@ def small_tokenizer(**changes):
         from tokenizers.processors import TemplateProcessing
 
         token_id = tokenizer.token_to_id(changes['template'])
-        tokenizer.post_processor = TemplateProcessing(single=f"{changes['template']} $A", special_tokens=[(changes['template'], token_id)])
+        tokenizer.post_processor = TemplateProcessing(single=f'{changes["template"]} $A', special_tokens=[(changes['template'], token_id)])
     return tokenizer.to_str()
 
 
@@ -66,7 +75,9 @@ def test_texts_on_which_the_regex_engine_gives_up_go_to_the_tokenizer(gpt2):
 def _split(pattern):
     from tokenizers import Regex, pre_tokenizers
 
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), 'isolated'), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), 'isolated'), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
 
 
 @pytest.mark.parametrize('name', ['_LLAMA3', '_QWEN2', '_O200K'])
@@ -100,17 +111,26 @@ def _config(**changes):
     return config
 
 
-@pytest.mark.parametrize(('changes', 'reason'), [
-    ({'type': 'Unigram'}, 'its model is Unigram, not BPE'),
-    ({'dropout': 0.1}, 'its BPE uses dropout'),
-    ({'byte_fallback': True}, 'its BPE uses byte_fallback'),
-    ({'normalizer': {'type': 'Lowercase'}}, 'it normalises text by Lowercase'),
-    ({'pre_tokenizer': {'type': 'Whitespace'}}, 'its pre-tokenizer is not byte-level, or adds a space'),
-    ({'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': True}}, 'its pre-tokenizer is not byte-level, or adds a space'),
-    ({'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [{'type': 'Digits'}, {'type': 'ByteLevel'}]}}, 'it splits words by a pattern that is not one of the known ones'),
-    ({'vocab': {'a': 0}}, 'its vocabulary lacks 255 of the 256 bytes'),
-    ({'added_tokens': [{'content': '<x>', 'id': 9, 'lstrip': True, 'rstrip': False, 'single_word': False, 'normalized': False}]}, "its added token '<x>' strips or needs word boundaries"),
-])
+@pytest.mark.parametrize(
+    ('changes', 'reason'),
+    [
+        ({'type': 'Unigram'}, 'its model is Unigram, not BPE'),
+        ({'dropout': 0.1}, 'its BPE uses dropout'),
+        ({'byte_fallback': True}, 'its BPE uses byte_fallback'),
+        ({'normalizer': {'type': 'Lowercase'}}, 'it normalises text by Lowercase'),
+        ({'pre_tokenizer': {'type': 'Whitespace'}}, 'its pre-tokenizer is not byte-level, or adds a space'),
+        ({'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': True}}, 'its pre-tokenizer is not byte-level, or adds a space'),
+        (
+            {'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [{'type': 'Digits'}, {'type': 'ByteLevel'}]}},
+            'it splits words by a pattern that is not one of the known ones',
+        ),
+        ({'vocab': {'a': 0}}, 'its vocabulary lacks 255 of the 256 bytes'),
+        (
+            {'added_tokens': [{'content': '<x>', 'id': 9, 'lstrip': True, 'rstrip': False, 'single_word': False, 'normalized': False}]},
+            "its added token '<x>' strips or needs word boundaries",
+        ),
+    ],
+)
 def test_other_tokenizers_are_refused_with_the_reason(changes, reason):
     with pytest.raises(NotByteLevelBPE) as e:
         plan_tiktoken(_config(**changes))
@@ -143,3 +163,19 @@ def test_the_short_way_to_the_shipped_tokenizer_equals_the_long_one():
 def test_unknown_tokenizer_is_one_clear_error(tmp_path):
     with pytest.raises(ValueError, match="the tokenizer '/no/such' could not be loaded: "):
         describe_tokenizer('/no/such')
+
+
+def test_a_tokenizer_written_in_python_gives_the_same_ids():
+    from llmfoundry.command_utils.data_prep.pool import WorkerPool
+    from llmfoundry.command_utils.data_prep.rows import Segment
+    from llmfoundry.command_utils.data_prep.worker import EncoderSpec
+
+    spec = describe_tokenizer('llmfoundry://gpt2', {'use_fast': False})
+    assert spec.backend is None
+    texts = random_texts(30)
+    with WorkerPool(EncoderSpec(spec, eos_text='<|endoftext|>'), 1) as pool:
+        assert pool.facts()[:2] == ('python', 'the tokenizer is written in Python')
+        [(_, encoded)] = pool.map([(0, [Segment('rows', 'f', 1, texts)])])
+    tokenizer = gpt2_tokenizer()
+    expected = [i for text in texts for i in [*tokenizer.encode(text).ids, 50256]]
+    assert np.frombuffer(encoded.data, '<i4').tolist() == expected

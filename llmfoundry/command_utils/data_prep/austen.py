@@ -1,7 +1,7 @@
 """The corpus that ships with the package, Jane Austen's six novels, as training and held-out shards: ``llmfoundry data_prep austen``.
 
-The last chapters of each novel, about 5 %, are held out: text of the same books that the model has not seen. Splitting by novel would measure how unlike the
-books are instead. What is there already is left alone.
+The last chapters of each novel, about 5 %, are held out: text of the same books that the model has not seen. Splitting by novel would measure how
+unlike the books are instead. What is there already is left alone.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def austen_documents() -> dict[str, list[dict[str, str]]]:
         novel = corpus[start:end]
         closing = list(_END.finditer(novel))
         if closing:
-            novel = novel[:closing[-1].start()]
+            novel = novel[: closing[-1].start()]
         chapters = [c.strip() for c in _CHAPTER.split(novel) if len(c.strip()) > 200]
         held_out, size = len(chapters), 0
         while size < HELD_OUT_SHARE * len(novel):
@@ -53,7 +53,9 @@ def austen_documents() -> dict[str, list[dict[str, str]]]:
     return splits
 
 
-def prepare_austen(out_root: str, concat_tokens: int = 2048, tokenizer: str = 'llmfoundry://gpt2', eos_text: str = '<|endoftext|>', processes: int | None = None) -> None:
+def prepare_austen(
+    out_root: str, concat_tokens: int = 2048, tokenizer: str = 'llmfoundry://gpt2', eos_text: str = '<|endoftext|>', processes: int | None = None
+) -> None:
     """Writes ``out_root/text/{train,val}.jsonl`` and the shards ``out_root/train`` and ``out_root/val``.
 
     Args:
@@ -73,7 +75,9 @@ def prepare_austen(out_root: str, concat_tokens: int = 2048, tokenizer: str = 'l
         if (folder / 'index.json').exists():
             found = json.loads((folder / 'index.json').read_text())['shards'][0]['column_encodings']
             if found != [encoding]:
-                raise ValueError(f"{folder} holds samples of the form {', '.join(found)}, not {encoding}: remove the folder or name another --out_root")
+                raise ValueError(
+                    f'{folder} holds samples of the form {", ".join(found)}, not {encoding}: remove the folder or name another --out_root'
+                )
             say(f'{split}: {folder} is there already')
             continue
         text = root / 'text' / f'{split}.jsonl'

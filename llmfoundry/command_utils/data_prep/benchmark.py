@@ -1,7 +1,7 @@
 """Measures data preparation against the raw rates of ``tokenizers`` and tiktoken on the same text, on this machine, in the same run.
 
-Each figure is taken in a process of its own, one after the other, best of ``--repeats``, so that none warms caches for the next or shares its memory. The text is what every machine has: the shipped
-novels and the sources of Python's standard library and of installed packages.
+Each figure is taken in a process of its own, one after the other, best of ``--repeats``, so that none warms caches for the next or shares its
+memory. The text is what every machine has: the shipped novels and the sources of Python's standard library and of installed packages.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def _run(python: str, code: str, arguments: Sequence[Any], environment: dict[str
     """Runs ``code`` and returns its RESULT with ``peak_bytes`` of the process tree."""
     peak = 0
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen([python, '-c', code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=errors, env={**os.environ, **(environment or {})})
+        process = subprocess.Popen(
+            [python, '-c', code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=errors, env={**os.environ, **(environment or {})}
+        )
         done = threading.Event()
 
         def watch() -> None:
@@ -116,7 +118,7 @@ def _run(python: str, code: str, arguments: Sequence[Any], environment: dict[str
         found = [line for line in output.splitlines() if line.startswith('RESULT ')]
         if process.returncode != 0 or not found:
             errors.seek(0)
-            raise RuntimeError(f"{python} ended with code {process.returncode}: {output[-500:]}{errors.read().decode('utf-8', 'replace')[-1500:]}")
+            raise RuntimeError(f'{python} ended with code {process.returncode}: {output[-500:]}{errors.read().decode("utf-8", "replace")[-1500:]}')
     return {**json.loads(found[-1][7:]), 'peak_bytes': peak}
 
 
@@ -147,7 +149,9 @@ def _best(kind: str, arguments: argparse.Namespace, text: str, tokens: int) -> d
     runs = []
     for _ in range(arguments.repeats):
         runs.append(_measure(kind, arguments, text, tokens))
-        print(f"  {kind:<11} {runs[-1]['rate']:>12,.0f} tokens/s  {runs[-1]['seconds']:7.2f} s  peak {runs[-1]['peak_bytes'] / 1e6:,.0f} MB", flush=True)
+        print(
+            f'  {kind:<11} {runs[-1]["rate"]:>12,.0f} tokens/s  {runs[-1]["seconds"]:7.2f} s  peak {runs[-1]["peak_bytes"] / 1e6:,.0f} MB', flush=True
+        )
     best = min(runs, key=lambda run: run['seconds'])
     return {**best, 'peak_bytes': max(run['peak_bytes'] for run in runs)}
 
@@ -159,7 +163,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--concat_tokens', type=int, default=2048)
     parser.add_argument('--processes', type=int, default=available_cores(), help='default: one per core')
     parser.add_argument('--repeats', type=int, default=2, help='the best of so many runs counts')
-    parser.add_argument('--peer', default=None, help="a Python interpreter with another release of llmfoundry, whose converter is run on the same text")
+    parser.add_argument(
+        '--peer', default=None, help='a Python interpreter with another release of llmfoundry, whose converter is run on the same text'
+    )
     parser.add_argument('--folder', default=None, help='where to put temporary files')
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix='bench-', dir=arguments.folder) as folder:
@@ -168,7 +174,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             for document in corpus(int(arguments.megabytes * 1e6)):
                 f.write(json.dumps({'text': document}) + '\n')
                 size, documents = size + len(document.encode()), documents + 1
-        print(f'{size / 1e6:.1f} MB of text in {documents:,} documents, GPT-2 tokenizer, samples of {arguments.concat_tokens} tokens, {arguments.processes} processes', flush=True)
+        print(
+            f'{size / 1e6:.1f} MB of text in {documents:,} documents, GPT-2 tokenizer, samples of {arguments.concat_tokens} tokens, {arguments.processes} processes',
+            flush=True,
+        )
         raw = _best('tokenizers', arguments, text, 0)
         # One EOS after each document.
         tokens = raw['tokens'] + documents
@@ -181,11 +190,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _report(found: dict[str, dict[str, Any]]) -> None:
     ours, raw = found['ours'], found['tokenizers']
     print(f"ours / tokenizers' encode_batch: {ours['rate'] / raw['rate']:.2f}   (aim: 0.9; 2.0 where tiktoken stands in)")
-    print(f"ours / tiktoken raw:             {ours['rate'] / found['tiktoken']['rate']:.2f}")
-    print(f"peak memory, all processes:      {ours['peak_bytes'] / 1e6:,.0f} MB   (aim: below 1000)")
+    print(f'ours / tiktoken raw:             {ours["rate"] / found["tiktoken"]["rate"]:.2f}')
+    print(f'peak memory, all processes:      {ours["peak_bytes"] / 1e6:,.0f} MB   (aim: below 1000)')
     if 'peer' in found:
         peer = found['peer']
-        print(f"ours / peer:                     {ours['rate'] / peer['rate']:.1f}   (peer's peak memory {peer['peak_bytes'] / 1e6:,.0f} MB, tokens written {peer['written']:,}, ours {ours['written']:,})")
+        print(
+            f"ours / peer:                     {ours['rate'] / peer['rate']:.1f}   (peer's peak memory {peer['peak_bytes'] / 1e6:,.0f} MB, tokens written {peer['written']:,}, ours {ours['written']:,})"
+        )
     print(json.dumps({kind: {k: round(v, 3) for k, v in run.items()} for kind, run in found.items()} | {'unix_time': int(time.time())}))
 
 

@@ -99,5 +99,8 @@ def open_input(path: str) -> tuple[BinaryIO, BinaryIO]:
 
 
 def broken_file(path: str, error: Exception) -> DataError:
-    """The error for a compressed file that ends early or is damaged. It stops the run whatever ``--on_bad_row`` says: the rest of the file is lost."""
+    """The error for a compressed file that ends early or is damaged.
+
+    It stops the run whatever ``--on_bad_row`` says: the rest of the file is lost.
+    """
     return DataError(f'the compressed file is damaged or cut short ({error}). Copy or download it again.', file=path)

@@ -40,7 +40,8 @@ def convert_dataset_hf(
         options: see ``TokenOptions``; ``num_workers`` stands for ``processes``.
 
     Raises:
-        ValueError: an unknown data set, arguments that do not fit, a split that ``out_root`` already has, or a tokenizer that adds neither BOS nor EOS while both texts are empty.
+        ValueError: an unknown data set, arguments that do not fit, a split that ``out_root`` already has, or a tokenizer that adds neither BOS nor
+        EOS while both texts are empty.
         KeyError: an unknown split.
         DataError: an unusable row (a ValueError, too).
     """
@@ -50,7 +51,9 @@ def convert_dataset_hf(
     splits = list(dict.fromkeys(splits))
     present = [s for s in splits if output_names(remote.join(out_root, s))]
     if present:
-        raise ValueError(f"--out_root={out_root} already contains {', '.join(present)}, which cannot overlap with the requested splits {', '.join(splits)}. Remove it or name another.")
+        raise ValueError(
+            f'--out_root={out_root} already contains {", ".join(present)}, which cannot overlap with the requested splits {", ".join(splits)}. Remove it or name another.'
+        )
     sources = {split: split_source(name, data_subset, split) for split in splits}
     plan_options = TokenOptions(**options)
     plans = {split: make_plan(split, tokenizer, concat_tokens, compression, plan_options, require_separator=True) for split in splits}

@@ -41,11 +41,13 @@ def find_files(path: str, patterns: tuple[str, ...]) -> list[InputFile]:
 
 def _of_split(files: list[InputFile], root: str, split: str) -> list[InputFile]:
     """The files of one split: those that name it, or for ``train``, if none does, all."""
-    named = [f for f in files if split in re.split(r'[/\\.-]', f.path[len(root):])]
+    named = [f for f in files if split in re.split(r'[/\\.-]', f.path[len(root) :])]
     if named:
         return named
     if split != 'train' and files and files[0].path != root:
-        raise ValueError(f"--split {split}: no file below {root} carries that name (as in {split}.jsonl or {split}/...); leave --split out to take all files")
+        raise ValueError(
+            f'--split {split}: no file below {root} carries that name (as in {split}.jsonl or {split}/...); leave --split out to take all files'
+        )
     return files
 
 
@@ -77,10 +79,12 @@ def convert_dataset_json(
     present = output_names(out_root)
     if present:
         shown = ', '.join(present[:5])
-        raise ValueError(f'--out_root={out_root} contains {shown}: it must be empty, so that the shards of the split {split!r} overlap with nothing. Remove it or name another.')
+        raise ValueError(
+            f'--out_root={out_root} contains {shown}: it must be empty, so that the shards of the split {split!r} overlap with nothing. Remove it or name another.'
+        )
     files = find_files(path, JSON_PATTERNS)
     if not files:
-        raise ValueError(f"{path}: no file that matches {', '.join(JSON_PATTERNS[::6])} (or compressed as {', '.join(COMPRESSED_SUFFIXES)})")
+        raise ValueError(f'{path}: no file that matches {", ".join(JSON_PATTERNS[::6])} (or compressed as {", ".join(COMPRESSED_SUFFIXES)})')
     plan = make_plan(split, tokenizer, concat_tokens, compression, TokenOptions(**options))
     return convert_to(FileSource(_of_split(files, path, split), 'json'), plan, out_root)
 

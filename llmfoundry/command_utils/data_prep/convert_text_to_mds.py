@@ -22,7 +22,15 @@ from llmfoundry.command_utils.data_prep.readers import FileSource, InputFile
 from llmfoundry.errors import InputFolderMissingDataError, InputFolderNotFound, OutputFolderNotEmptyError
 
 __all__ = [
-    'DONE_FILENAME', 'convert_text_to_mds', 'convert_text_to_mds_from_args', 'default_processes', 'download_and_convert', 'is_already_processed', 'main', 'merge_shard_groups', 'write_done_file',
+    'DONE_FILENAME',
+    'convert_text_to_mds',
+    'convert_text_to_mds_from_args',
+    'default_processes',
+    'download_and_convert',
+    'is_already_processed',
+    'main',
+    'merge_shard_groups',
+    'write_done_file',
 ]
 
 log = logging.getLogger(__name__)
@@ -92,8 +100,8 @@ def convert_text_to_mds(
         bos_text: text put before each file.
         no_wrap: see ``TokenOptions``.
         compression: of the shards.
-        options: ``processes``, ``args_str`` (how the done file records the arguments), ``reprocess`` (convert even if the done file says that it is done),
-            ``trust_remote_code``, and the other fields of ``TokenOptions``.
+        options: ``processes``, ``args_str`` (how the done file records the arguments), ``reprocess`` (convert even if the done file says that it is
+            done), ``trust_remote_code``, and the other fields of ``TokenOptions``.
 
     Returns:
         What was made, or None if the output was made from the same input by the same arguments before.
@@ -132,12 +140,13 @@ def download_and_convert(
     compression: str | None,
     trust_remote_code: bool = False,
 ) -> ConversionSummary:
-    """Converts the files called ``file_names`` (below ``input_folder``, or with their full path or URI) into ``output_folder``, in one process. The other arguments are those of ``convert_text_to_mds``."""
+    """Converts the files called ``file_names`` (below ``input_folder``, or with their full path or URI) into ``output_folder``, in one
+    process. The other arguments are those of ``convert_text_to_mds``."""
     wanted = set(file_names)
-    by_name = {name: f for f in _input_files(input_folder) for name in (f.path, f.path[len(input_folder):].lstrip('/'))}
+    by_name = {name: f for f in _input_files(input_folder) for name in (f.path, f.path[len(input_folder) :].lstrip('/'))}
     missing = sorted(wanted - set(by_name))
     if missing:
-        raise FileNotFoundError(f"{input_folder}: no file {', '.join(missing[:5])}")
+        raise FileNotFoundError(f'{input_folder}: no file {", ".join(missing[:5])}')
     kwargs = {'trust_remote_code': True} if trust_remote_code else None
     options = TokenOptions(bos_text=bos_text, eos_text=eos_text, no_wrap=no_wrap, tokenizer_kwargs=kwargs, processes=1)
     plan = make_plan('text', tokenizer_name, concat_tokens, compression, options)
@@ -145,7 +154,8 @@ def download_and_convert(
 
 
 def merge_shard_groups(root: str) -> None:
-    """Makes one data set of the data sets in the sub-folders of ``root``: shards are moved up and renumbered, in the order of the sub-folders' names; the index comes last.
+    """Makes one data set of the data sets in the sub-folders of ``root``: shards are moved up and renumbered, in the order of the sub-folders'
+    names; the index comes last.
 
     Args:
         root: local folder; afterwards it holds the shards and ``index.json``, and the sub-folders are gone.
@@ -173,7 +183,9 @@ def merge_shard_groups(root: str) -> None:
         group.rmdir()
 
 
-def convert_text_to_mds_from_args(output_folder: str, input_folder: str, concat_tokens: int, tokenizer: str, **flags: Any) -> ConversionSummary | None:
+def convert_text_to_mds_from_args(
+    output_folder: str, input_folder: str, concat_tokens: int, tokenizer: str, **flags: Any
+) -> ConversionSummary | None:
     """``convert_text_to_mds`` with the values of the command line.
 
     Raises:
@@ -205,7 +217,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--input_folder', required=True, help='folder or URI with .txt files at any depth')
     parser.add_argument('--compression', default='zstd', help='of the shards (default: %(default)s); "" for none')
     parser.add_argument('--use_tokenizer_eos', action='store_true', help="put the tokenizer's EOS after each file")
-    parser.add_argument('--reprocess', type=parse_bool, nargs='?', const=True, default=False, help='convert even if the done file says that it is done')
+    parser.add_argument(
+        '--reprocess', type=parse_bool, nargs='?', const=True, default=False, help='convert even if the done file says that it is done'
+    )
     parser.add_argument('--trust-remote-code', action='store_true', help="run the tokenizer's own code from the Hub")
     parser.add_argument('--logging-level', default='INFO', help='default: %(default)s')
     add_common_flags(parser, '--processes', required=True)

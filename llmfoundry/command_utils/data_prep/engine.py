@@ -1,7 +1,8 @@
 """The conversion itself: blocks of input -> tokens (workers, in parallel) -> samples -> shards (here, in order), with checkpoints.
 
-What decides the shards is the order of the documents and the leftover of the last cut, both kept by this one process; workers only encode. So the shards are the
-same for any number of workers, and after any number of kills. The alternative, one shard folder per process merged at the end, loses both.
+What decides the shards is the order of the documents and the leftover of the last cut, both kept by this one process; workers only encode. So the
+shards are the same for any number of workers, and after any number of kills. The alternative, one shard folder per process merged at the end, loses
+both.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """How to convert. ``concat_tokens`` None keeps the text as a ``str`` column; ``require_separator`` refuses a run in which nothing marks the end of a document."""
+    """How to convert.
+
+    ``concat_tokens`` None keeps the text as a ``str`` column; ``require_separator`` refuses a run in which nothing marks the end of a document.
+    """
 
     name: str
     tokenizer: TokenizerSpec | None = None
@@ -126,7 +130,9 @@ def convert(source: Source, plan: ConversionPlan, output: Path, extra_files: Map
             return _Conversion(source, replace(plan, use_tiktoken=False), journal).run(extra_files or {})
     except OSError as e:
         reason = os.strerror(e.errno) if e.errno else str(e)
-        raise DataError(f'cannot write the output: {reason}. Make room or choose another folder, then run the same command again.', file=str(output)) from e
+        raise DataError(
+            f'cannot write the output: {reason}. Make room or choose another folder, then run the same command again.', file=str(output)
+        ) from e
     finally:
         journal.close()
         state = journal.load()
@@ -165,7 +171,9 @@ class _Conversion:
             self._finish()
         self.journal.publish(self.state, extra_files)
         state = self.state
-        return ConversionSummary(state.samples, state.tokens, state.documents, state.bad_rows, state.num_shards, time.monotonic() - began, engine, resumed)
+        return ConversionSummary(
+            state.samples, state.tokens, state.documents, state.bad_rows, state.num_shards, time.monotonic() - began, engine, resumed
+        )
 
     def _begin(self) -> bool:
         """Loads the last checkpoint of the same conversion, or starts a new one."""
@@ -293,7 +301,7 @@ def _as_text_samples(encoded: Encoded) -> tuple[np.ndarray, bytes]:
     """MDS samples of a ``str`` column: uint32 size, then the bytes."""
     view, start, parts = memoryview(encoded.data), 0, []
     for size in encoded.lengths.tolist():
-        parts += (size.to_bytes(4, 'little'), view[start:start + size])
+        parts += (size.to_bytes(4, 'little'), view[start : start + size])
         start += size
     return encoded.lengths + 4, b''.join(parts)
 

@@ -1,4 +1,5 @@
-"""Data sets for ``convert_dataset_hf``: the splits of the known Hub data sets, streamed row by row, and local or remote folders that hold the same files."""
+"""Data sets for ``convert_dataset_hf``: the splits of the known Hub data sets, streamed row by row, and local or remote folders that hold
+the same files."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ def resolve_dataset(dataset: str) -> str:
     if name in HUB_DATASETS or remote.is_remote(dataset) or os.path.isdir(dataset):
         return name
     known = ', '.join([*sorted(HUB_DATASETS), *sorted(_ALIASES)])
-    raise ValueError(f'--dataset {dataset} is not supported: use one of {known}, or the path or URI of a folder that holds json or parquet files for each split')
+    raise ValueError(
+        f'--dataset {dataset} is not supported: use one of {known}, or the path or URI of a folder that holds json or parquet files for each split'
+    )
 
 
 def split_source(dataset: str, subset: str | None, split: str) -> Any:
@@ -64,7 +67,7 @@ def split_source(dataset: str, subset: str | None, split: str) -> Any:
     if dataset in HUB_DATASETS:
         splits = HUB_DATASETS[dataset]
         if split not in splits:
-            raise KeyError(f"unknown split {split!r} of {dataset}: it has {', '.join(splits)}")
+            raise KeyError(f'unknown split {split!r} of {dataset}: it has {", ".join(splits)}')
         return HubSource(dataset, subset, splits[split])
     return _folder_source(dataset, subset, split)
 
@@ -80,7 +83,9 @@ def _folder_source(root: str, subset: str | None, split: str) -> FileSource:
         base = 'train' if split.startswith('train') else 'val'
         matching, rows = _files_of(files, root, base), _C4[split].rows
     if not matching:
-        raise KeyError(f'unknown split {split!r}: no json or parquet file below {root} carries that name (as in {split}.jsonl, {split}/... or ...-{split}-00000.parquet)')
+        raise KeyError(
+            f'unknown split {split!r}: no json or parquet file below {root} carries that name (as in {split}.jsonl, {split}/... or ...-{split}-00000.parquet)'
+        )
     kinds = {'parquet' if f.path.endswith('.parquet') else 'json' for f in matching}
     if len(kinds) > 1:
         raise ValueError(f'the split {split!r} below {root} has both json and parquet files; remove one of the two copies')
@@ -89,7 +94,7 @@ def _folder_source(root: str, subset: str | None, split: str) -> FileSource:
 
 def _files_of(files: list[Any], root: str, split: str) -> list[Any]:
     names = set(_LOCAL_NAMES.get(split, (split,)))
-    return [f for f in files if names & set(re.split(r'[/\\.-]', f.path[len(root):]))]
+    return [f for f in files if names & set(re.split(r'[/\\.-]', f.path[len(root) :]))]
 
 
 class HubSource:

@@ -1,8 +1,9 @@
 """The work folder of a conversion: finished shards, the spool of the unfinished one, and the journal that lets a killed run go on.
 
-Everything lives in ``<output>/.data_prep`` until the end; then the shards move up and ``index.json`` moves last, so that a folder with an index is whole. A
-checkpoint is one small state file, replaced atomically; the files that it refers to only grow and are cut back to the recorded length at a restart. The work folder lies inside
-the output folder and not beside it, since an output folder may be a mount point, and only a rename within one file system is atomic.
+Everything lives in ``<output>/.data_prep`` until the end; then the shards move up and ``index.json`` moves last, so that a folder with an index is
+whole. A checkpoint is one small state file, replaced atomically; the files that it refers to only grow and are cut back to the recorded length at a
+restart. The work folder lies inside the output folder and not beside it, since an output folder may be a mount point, and only a rename within one
+file system is atomic.
 """
 
 from __future__ import annotations
@@ -137,7 +138,10 @@ class Journal:
             return [json.loads(line) for line in f]
 
     def publish(self, state: State, extra_files: Mapping[str, str]) -> None:
-        """Moves the result and ``extra_files`` (name -> text) into the output folder, index last, and removes the work folder. May be repeated after a kill."""
+        """Moves the result and ``extra_files`` (name -> text) into the output folder, index last, and removes the work folder.
+
+        May be repeated after a kill.
+        """
         if not state.finished:
             entries = self.shards()
             write_atomically(self.folder / _INDEX, index_text(entries).encode())

@@ -1,8 +1,8 @@
 """Writes MDS shards that are byte for byte what ``streaming.MDSWriter`` writes, from whole blocks of samples at once.
 
-Streaming's own writer takes samples one by one (a cap on tokens/s once tokenising is fast), keeps an unfinished shard in memory only (nothing to resume from), and importing
-it imports torch. The format is simple: uint32 sample count, uint32 offsets (n + 1), JSON config, samples; a sample is the uint32 sizes of its variable-size
-columns, then their bytes. A test compares both writers' files.
+Streaming's own writer takes samples one by one (a cap on tokens/s once tokenising is fast), keeps an unfinished shard in memory only (nothing to
+resume from), and importing it imports torch. The format is simple: uint32 sample count, uint32 offsets (n + 1), JSON config, samples; a sample is
+the uint32 sizes of its variable-size columns, then their bytes. A test compares both writers' files.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def compressor(compression: str | None) -> tuple[str, Callable[[bytes], bytes]] 
 
         return name, snappy.compress
     if name not in _LEVELS:
-        raise ValueError(f'compression {compression!r} is not known: use one of br, bz2, gz, snappy, zstd, with a level as in zstd:7, or leave it out')
+        raise ValueError(
+            f'compression {compression!r} is not known: use one of br, bz2, gz, snappy, zstd, with a level as in zstd:7, or leave it out'
+        )
     default, low, high = _LEVELS[name]
     if level_text and not (level_text.isdigit() and low <= int(level_text) <= high):
         raise ValueError(f'compression {compression!r}: the level of {name} must be an integer from {low} to {high}')

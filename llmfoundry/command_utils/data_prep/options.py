@@ -70,7 +70,9 @@ def make_plan(
         ValueError: ``concat_tokens`` without a tokenizer, or a tokenizer that cannot be loaded.
     """
     if concat_tokens is not None and not tokenizer:
-        raise ValueError(f'When setting --concat_tokens (here {concat_tokens}), you must specify a --tokenizer, for example --tokenizer llmfoundry://gpt2')
+        raise ValueError(
+            f'When setting --concat_tokens (here {concat_tokens}), you must specify a --tokenizer, for example --tokenizer llmfoundry://gpt2'
+        )
     return ConversionPlan(
         name=name,
         tokenizer=tokenizer_spec_of(tokenizer, options.tokenizer_kwargs) if concat_tokens is not None else None,
@@ -103,7 +105,9 @@ def add_common_flags(parser: argparse.ArgumentParser, processes_flag: str, requi
     parser.add_argument('--bos_text', type=str, default=None, help='text to put before each document')
     parser.add_argument('--eos_text', type=str, default=None, help="text to put after each document, for example '<|endoftext|>'")
     parser.add_argument('--no_wrap', action='store_true', help='drop what is left of a document at each cut')
-    parser.add_argument(processes_flag, type=int, default=None, dest='processes', help='tokenising processes (default: one per core); the shards do not depend on it')
+    parser.add_argument(
+        processes_flag, type=int, default=None, dest='processes', help='tokenising processes (default: one per core); the shards do not depend on it'
+    )
     parser.add_argument('--on_bad_row', choices=('stop', 'skip'), default='stop', help='stop at an unusable row, or leave it out, count and list it')
 
 

@@ -21,7 +21,7 @@ def available_cores() -> int:
 def output_names(output: str) -> list[str]:
     """Names that lie in the output folder or below the output URI, sorted; [] if a killed run of ours left its work there."""
     if remote.is_remote(output):
-        return sorted({uri[len(output.rstrip('/')) + 1:].split('/')[0] for uri, _ in remote.list_files(output, ('*',))})
+        return sorted({uri[len(output.rstrip('/')) + 1 :].split('/')[0] for uri, _ in remote.list_files(output, ('*',))})
     if not os.path.isdir(output) or os.path.isdir(os.path.join(output, WORK_FOLDER)):
         return []
     return sorted(os.listdir(output))

@@ -1,7 +1,7 @@
 """Input files as a sequence of blocks of about 1 MB, the same whatever the number of processes, from any position on.
 
-A block is what one worker encodes at a time. Positions are (file, offset in its decompressed bytes, line), so a killed run goes on where its last checkpoint stood without
-tokenising anything twice. Files are read one after the other and never held in memory.
+A block is what one worker encodes at a time. Positions are (file, offset in its decompressed bytes, line), so a killed run goes on where its last
+checkpoint stood without tokenising anything twice. Files are read one after the other and never held in memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Position:
-    """Where the next block begins: index of the file, offset in its decompressed bytes, lines (or rows) of it already read, rows read in all files."""
+    """Where the next block begins: index of the file, offset in its decompressed bytes, lines (or rows) of it already read, rows read in
+    all files."""
 
     file: int = 0
     offset: int = 0
@@ -70,7 +71,7 @@ class FileSource:
     def blocks(self, position: dict[str, int]) -> Iterator[Block]:
         """Blocks from ``position`` (the ``after`` of an earlier block, as a dict; {} for the beginning) on."""
         start = Position(**position)
-        before = sum(f.size for f in self.files[:start.file])
+        before = sum(f.size for f in self.files[: start.file])
         gathered: list[Segment] = []
         gathered_bytes, last = 0, None
         for block, size in self._pieces(start, before):
@@ -191,7 +192,7 @@ def _array_rows(stream: BinaryIO, name: str) -> Iterator[Any]:
         while at < len(text) and text[at] in ' \t\r\n,':
             line += text[at] == '\n'
             at += 1
-        if text[at:at + 1] == ']':
+        if text[at : at + 1] == ']':
             return
         try:
             value, end = decoder.raw_decode(text, at) if at < len(text) else (None, -1)
@@ -202,7 +203,11 @@ def _array_rows(stream: BinaryIO, name: str) -> Iterator[Any]:
             more = next(reader, '')
             if not more:
                 if end == -1:
-                    raise DataError('the JSON array is not closed, or is not JSON from here on. Repair the file, or write one object per line.', file=name, line=line)
+                    raise DataError(
+                        'the JSON array is not closed, or is not JSON from here on. Repair the file, or write one object per line.',
+                        file=name,
+                        line=line,
+                    )
                 ended = True
             text, at = text[at:] + more, 0
             continue
@@ -223,7 +228,9 @@ def _utf8_reader(stream: BinaryIO, name: str) -> Iterator[str]:
         try:
             yield decoder.decode(chunk)
         except UnicodeDecodeError as e:
-            raise DataError(f'not UTF-8 (byte 0x{e.object[e.start]:02x} within the megabyte from byte {read} on). Re-encode the file.', file=name) from None
+            raise DataError(
+                f'not UTF-8 (byte 0x{e.object[e.start]:02x} within the megabyte from byte {read} on). Re-encode the file.', file=name
+            ) from None
         read += len(chunk)
 
 
@@ -269,7 +276,7 @@ def _safe_cut(data: bytes) -> int:
     """Where to cut: before the last single space between two words; failing that, at the end of a character."""
     at = len(data) - 1
     while (at := data.rfind(b' ', _SAFE_CUT_BYTES, at)) > 0:
-        if not data[at - 1:at].isspace() and not data[at + 1:at + 2].isspace():
+        if not data[at - 1 : at].isspace() and not data[at + 1 : at + 2].isspace():
             return at
     cut = len(data)
     while cut > len(data) - 4 and data[cut - 1] & 0xC0 == 0x80:

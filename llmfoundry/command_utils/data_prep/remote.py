@@ -1,7 +1,7 @@
 """Remote inputs and outputs: listing, fetching one file at a time, uploading with the index last.
 
-``file``, ``memory``, ``http(s)`` and whatever else ``fsspec`` can open on this machine go through fsspec; object stores whose fsspec plug-in is missing (s3, gs, oci, azure, ...) go through
-the stores that Composer and Streaming bring along, which cost their import (10 s) only then.
+``file``, ``memory``, ``http(s)`` and whatever else ``fsspec`` can open on this machine go through fsspec; object stores whose fsspec plug-in is
+missing (s3, gs, oci, azure, ...) go through the stores that Composer and Streaming bring along, which cost their import (10 s) only then.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def _object_store(uri: str) -> tuple[Any, str]:
     try:
         store = maybe_create_object_store_from_uri(uri)
     except (NotImplementedError, ImportError, KeyError) as e:
-        raise ValueError(f'{uri}: cannot be opened here ({e}). Install the fsspec plug-in for {urllib.parse.urlparse(uri).scheme}:// or copy the files to a local folder.') from e
+        raise ValueError(
+            f'{uri}: cannot be opened here ({e}). Install the fsspec plug-in for {urllib.parse.urlparse(uri).scheme}:// or copy the files to a local folder.'
+        ) from e
     return store, parse_uri(uri)[2]
 
 
@@ -66,7 +68,7 @@ def list_files(uri: str, patterns: tuple[str, ...]) -> list[tuple[str, int]]:
             return []
         entries = filesystem.find(path, detail=True)
         # Built from the URI as it was given: file systems differ in how they spell their own names.
-        pairs = [(join(uri.rstrip('/'), name[len(path):].lstrip('/')), int(entry.get('size') or 0)) for name, entry in entries.items()]
+        pairs = [(join(uri.rstrip('/'), name[len(path) :].lstrip('/')), int(entry.get('size') or 0)) for name, entry in entries.items()]
     else:
         store, key = _object_store(uri)
         root = uri[: len(uri) - len(key)] if key else uri

@@ -13,8 +13,9 @@ TEXT_COLUMN = 'text'
 class Segment(NamedTuple):
     """A piece of one input file.
 
-    ``kind`` says what ``data`` is: ``jsonl`` (bytes of whole lines), ``text`` (bytes of running text), ``rows`` (a list of texts, or of BadRow messages). ``first`` is the 1-based number of the
-    first line or row; ``starts`` and ``ends`` say whether the file's first and last byte are in it (text only).
+    ``kind`` says what ``data`` is: ``jsonl`` (bytes of whole lines), ``text`` (bytes of running text), ``rows`` (a list of texts, or of BadRow
+    messages). ``first`` is the 1-based number of the first line or row; ``starts`` and ``ends`` say whether the file's first and last byte are in
+    it (text only).
     """
 
     kind: str
@@ -72,7 +73,9 @@ def checked_text(value: Any) -> str:
         try:
             value.encode('utf-8')
         except UnicodeEncodeError as e:
-            raise ValueError(f"'text' holds half of a surrogate pair (\\u{ord(value[e.start]):04x} at character {e.start}), which is no Unicode text") from None
+            raise ValueError(
+                f"'text' holds half of a surrogate pair (\\u{ord(value[e.start]):04x} at character {e.start}), which is no Unicode text"
+            ) from None
     return value
 
 

@@ -1,7 +1,9 @@
-"""Text to token ids, three ways with the same answer: ``tokenizers``, tiktoken where the tokenizer is byte-level BPE (5 times faster), or any Python tokenizer.
+"""Text to token ids, three ways with the same answer: ``tokenizers``, tiktoken where the tokenizer is byte-level BPE (5 times faster), or any
+Python tokenizer.
 
-tiktoken merges by rank of the merged token, ``tokenizers`` by its list of pairs. For vocabularies made by BPE training both agree, but nothing in the file
-proves it, so ids of both are compared on awkward strings at the start and on a sample of the text throughout; on any difference the run begins anew with ``tokenizers``.
+tiktoken merges by rank of the merged token, ``tokenizers`` by its list of pairs. For vocabularies made by BPE training both agree, but nothing in
+the file proves it, so ids of both are compared on awkward strings at the start and on a sample of the text throughout; on any difference the run
+begins anew with ``tokenizers``.
 """
 
 from __future__ import annotations
@@ -17,25 +19,56 @@ import numpy as np
 
 from llmfoundry.command_utils.data_prep.tokenizer_spec import TokenizerSpec
 from llmfoundry.data.token_concat import TOKEN_DTYPE
+from llmfoundry.typed_registry import resolve_target
 
-__all__ = ['AWKWARD_STRINGS', 'BackendEngine', 'Engine', 'NotByteLevelBPE', 'PythonEngine', 'TiktokenEngine', 'build_engine', 'difference', 'plan_tiktoken']
+__all__ = [
+    'AWKWARD_STRINGS',
+    'BackendEngine',
+    'Engine',
+    'NotByteLevelBPE',
+    'PythonEngine',
+    'TiktokenEngine',
+    'build_engine',
+    'difference',
+    'plan_tiktoken',
+]
 
 _GPT2_HF = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # The same language with possessive quantifiers, which spare the regex engine its backtracking (tiktoken_ext/openai_public.py).
 _GPT2_FAST = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 _LLAMA3 = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 _QWEN2 = _LLAMA3.replace(r'\p{N}{1,3}', r'\p{N}')
-_O200K = '|'.join((
-    r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
-    r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
-    r"""\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
-))
+_O200K = '|'.join(
+    (
+        r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+        r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+        r"""\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+    )
+)
 _PATTERNS = {_GPT2_HF: _GPT2_FAST, _LLAMA3: _LLAMA3, _QWEN2: _QWEN2, _O200K: _O200K}
 
 AWKWARD_STRINGS = (
-    "Hello world! It's 2024, they'll say; we'VE 12345 things.", '  leading', 'trailing   ', '\n\n\tdef f(x):\r\n        return x\n', '   \n  \n', ' ', '\u00a0\u2003x',
-    'naïve café, œuvre', 'Straße İstanbul ſ', '日本語のテキスト。中文', 'العربية עברית हिन्दी ไทย', '😀👩‍👩‍👧‍👦🏳️‍🌈', 'e\u0301 \u200d \ufeff', '½ ² Ⅷ ٣ 一二三', '\x00\x1c\x85', '"quotes"--dash…',
-    'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa', '----------------', 'https://example.org/a?b=c&d=%20', 'ALLCAPS MixedCase snake_case', '\U0010ffff\ue000',
+    "Hello world! It's 2024, they'll say; we'VE 12345 things.",
+    '  leading',
+    'trailing   ',
+    '\n\n\tdef f(x):\r\n        return x\n',
+    '   \n  \n',
+    ' ',
+    '\u00a0\u2003x',
+    'naïve café, œuvre',
+    'Straße İstanbul ſ',
+    '日本語のテキスト。中文',
+    'العربية עברית हिन्दी ไทย',
+    '😀👩‍👩‍👧‍👦🏳️‍🌈',
+    'e\u0301 \u200d \ufeff',
+    '½ ² Ⅷ ٣ 一二三',
+    '\x00\x1c\x85',
+    '"quotes"--dash…',
+    'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa',
+    '----------------',
+    'https://example.org/a?b=c&d=%20',
+    'ALLCAPS MixedCase snake_case',
+    '\U0010ffff\ue000',
 )
 
 
@@ -77,9 +110,8 @@ class PythonEngine:
     name = 'python'
 
     def __init__(self, name: str, kwargs: dict[str, Any]) -> None:
-        from llmfoundry.tokenizers.build import build_tokenizer
-
-        self._tokenizer = build_tokenizer(name, kwargs)
+        # Named, not imported: transformers is loaded only where such a tokenizer is used.
+        self._tokenizer = resolve_target('llmfoundry.tokenizers.build:build_tokenizer')(name, kwargs)
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[np.ndarray]:
         """See ``Engine``."""
@@ -91,8 +123,8 @@ class PythonEngine:
 class TiktokenPlan:
     """How to rebuild a byte-level BPE in tiktoken.
 
-    ``ranks`` maps token bytes to merge order, ``ids`` (one per rank) leads from there to the tokenizer's ids. ``added`` are the literal tokens, in the two passes in
-    which ``tokenizers`` looks for them: on the raw text and on the normalised one.
+    ``ranks`` maps token bytes to merge order, ``ids`` (one per rank) leads from there to the tokenizer's ids. ``added`` are the literal tokens, in
+    the two passes in which ``tokenizers`` looks for them: on the raw text and on the normalised one.
     """
 
     pattern: str
@@ -117,18 +149,18 @@ def plan_tiktoken(config: dict[str, Any]) -> TiktokenPlan:
     """
     model = config['model']
     if model.get('type') != 'BPE':
-        raise NotByteLevelBPE(f"its model is {model.get('type')}, not BPE")
+        raise NotByteLevelBPE(f'its model is {model.get("type")}, not BPE')
     for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'fuse_unk', 'byte_fallback'):
         if model.get(key):
             raise NotByteLevelBPE(f'its BPE uses {key}')
     normalizer = config.get('normalizer')
     if normalizer is not None and normalizer.get('type') != 'NFC':
-        raise NotByteLevelBPE(f"it normalises text by {normalizer.get('type')}")
+        raise NotByteLevelBPE(f'it normalises text by {normalizer.get("type")}')
     ranks, ids = _ranks(model)
     plain: tuple[dict[str, int], dict[str, int]] = ({}, {})
     for token in config.get('added_tokens', []):
         if token['lstrip'] or token['rstrip'] or token['single_word']:
-            raise NotByteLevelBPE(f"its added token {token['content']!r} strips or needs word boundaries")
+            raise NotByteLevelBPE(f'its added token {token["content"]!r} strips or needs word boundaries')
         plain[bool(token['normalized'])][token['content']] = token['id']
     return TiktokenPlan(_pattern(config.get('pre_tokenizer')), ranks, ids, plain, None if normalizer is None else _nfc)
 
@@ -181,7 +213,8 @@ class TiktokenEngine:
 
     Args:
         backend: text of tokenizer.json.
-        reference: the engine for what is not worth reproducing: the special tokens that the post-processor adds, and texts on which the regex engine gives up.
+        reference: the engine for what is not worth reproducing: the special tokens that the post-processor adds, and texts on which the regex
+            engine gives up.
 
     Raises:
         NotByteLevelBPE: with the reason, before or after the comparison on ``AWKWARD_STRINGS``.
@@ -209,8 +242,8 @@ class TiktokenEngine:
     def _template(self) -> tuple[np.ndarray, np.ndarray]:
         bare, full = (self._reference.encode(['x'], add_special_tokens=special)[0].tolist() for special in (False, True))
         for start in range(len(full) - len(bare) + 1):
-            if full[start:start + len(bare)] == bare:
-                return np.array(full[:start], dtype=TOKEN_DTYPE), np.array(full[start + len(bare):], dtype=TOKEN_DTYPE)
+            if full[start : start + len(bare)] == bare:
+                return np.array(full[:start], dtype=TOKEN_DTYPE), np.array(full[start + len(bare) :], dtype=TOKEN_DTYPE)
         raise NotByteLevelBPE('its post-processor does more than add tokens before and after')
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[np.ndarray]:
@@ -244,7 +277,7 @@ class TiktokenEngine:
             return
         start = 0
         for match in finder.finditer(text):
-            self._append(text[start:match.start()], number + 1, parts)
+            self._append(text[start : match.start()], number + 1, parts)
             parts.append(np.array([tokens[match.group()]], dtype=TOKEN_DTYPE))
             start = match.end()
         self._append(text[start:], number + 1, parts)
@@ -276,11 +309,11 @@ def sample_slices(texts: Sequence[str], seed: int, chars: int = 2048) -> list[st
     rng = random.Random(seed)
     text = texts[rng.randrange(len(texts))]
     start = rng.randrange(max(len(text) - chars, 0) + 1)
-    slices = [text[start:start + chars]]
+    slices = [text[start : start + chars]]
     for text in texts:
         if not text.isascii():
             at = next(i for i, c in enumerate(text) if not c.isascii())
-            slices.append(text[max(at - chars // 4, 0):at + chars // 2])
+            slices.append(text[max(at - chars // 4, 0) : at + chars // 2])
             break
     return slices
 

@@ -1,8 +1,8 @@
 """What a converter needs to know of a tokenizer, found out without loading torch.
 
-Hugging Face classes may change what ``tokenizer.json`` says (add a BOS, a prefix space), so the state that counts is the one after ``from_pretrained``. A short-lived process
-with torch switched off loads the tokenizer that way and reports its final state; workers then need the ``tokenizers`` library alone (40 MB instead of 500). Classes that are known to
-take the file as it is skip that process.
+Hugging Face classes may change what ``tokenizer.json`` says (add a BOS, a prefix space), so the state that counts is the one after
+``from_pretrained``. A short-lived process with torch switched off loads the tokenizer that way and reports its final state; workers then need the
+``tokenizers`` library alone (40 MB instead of 500). Classes that are known to take the file as it is skip that process.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from llmfoundry.typed_registry import resolve_target
 
 __all__ = ['TokenizerSpec', 'child_environment', 'describe_tokenizer']
 
@@ -79,7 +81,7 @@ def _last_line(stderr: bytes) -> str:
 
 
 def _plain_spec(name: str) -> TokenizerSpec | None:
-    folder = _PACKAGE / 'assets' / name[len(_SHIPPED):] if name.startswith(_SHIPPED) else Path(name)
+    folder = _PACKAGE / 'assets' / name[len(_SHIPPED) :] if name.startswith(_SHIPPED) else Path(name)
     try:
         config = json.loads((folder / 'tokenizer_config.json').read_text(encoding='utf-8'))
         backend = (folder / 'tokenizer.json').read_text(encoding='utf-8')
@@ -110,10 +112,8 @@ def describe_main() -> None:
     # Libraries print to stdout now and then; the answer must stand alone there.
     os.dup2(2, 1)
     name, kwargs = pickle.loads(sys.stdin.buffer.read())
-    from llmfoundry.tokenizers.build import build_tokenizer
-
     try:
-        tokenizer = build_tokenizer(name, kwargs)
+        tokenizer = resolve_target('llmfoundry.tokenizers.build:build_tokenizer')(name, kwargs)
     except (ValueError, OSError, ImportError, KeyError) as e:
         out.write(pickle.dumps((False, f'{e}')))
         out.close()

@@ -1,7 +1,7 @@
 """The worker process: reads blocks of input from stdin, answers with token ids on stdout, both pickled.
 
-A plain child with pipes, not ``multiprocessing``: nothing of the parent is imported again (no torch, no guard around the user's script), nothing is shared, and when the
-parent dies its end of the pipe closes and the worker leaves. Loads ``tokenizers``, tiktoken and numpy only: about 100 MB.
+A plain child with pipes, not ``multiprocessing``: nothing of the parent is imported again (no torch, no guard around the user's script), nothing
+is shared, and when the parent dies its end of the pipe closes and the worker leaves. Loads ``tokenizers``, tiktoken and numpy only: about 100 MB.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class EncoderFacts(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """The answer to a block: values laid end to end (int32 ids, or UTF-8), their lengths (ids, or bytes), the unusable rows, and a text whose ids differed."""
+    """The answer to a block: values laid end to end (int32 ids, or UTF-8), their lengths (ids, or bytes), the unusable rows, and a text
+    whose ids differed."""
 
     data: bytes
     lengths: np.ndarray
