@@ -227,7 +227,8 @@ class _BiasedMask(AttentionMask):
         self.alibi_slopes = torch.zeros(1, device=attn_bias.device) if mask.alibi_slopes is None else mask.alibi_slopes
 
     def chunk_bias(self, queries: tuple[int, int], keys: tuple[int, int], past: int, window: int, template: torch.Tensor) -> torch.Tensor:
-        return super().chunk_bias(queries, keys, past, window, template) + self.attn_bias[..., slice(*queries), slice(*keys)]
+        bias = super().chunk_bias(queries, keys, past, window, template)
+        return bias + self.attn_bias[..., slice(*queries), slice(*keys)].to(bias.dtype)
 
 
 def flash_attn_fn(

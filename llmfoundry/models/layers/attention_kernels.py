@@ -27,6 +27,8 @@ from torch.utils.checkpoint import checkpoint
 __all__ = ['AttentionMask', 'KernelOptions', 'attend']
 
 CPU_CHUNK = 128
+# Elsewhere kernels want more rows; two chunks at 2,048 tokens still skip a quarter of the scores and half of the bias memory.
+OTHER_CHUNK = 1024
 
 
 class AttentionMask:
@@ -65,8 +67,8 @@ class AttentionMask:
         inner._cache = self._cache
         return inner
 
-    def template(self, rows: int, k_len: int, window: int, device: torch.device) -> torch.Tensor:
-        """Bias of ``rows`` consecutive queries as a function of ``key - query``: (1, h or 1, rows, k_len + rows), fp32.
+    def template(self, rows: int, k_len: int, window: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Bias of ``rows`` consecutive queries as a function of ``key - query``: (1, h or 1, rows, k_len + rows).
 
         Column ``m`` of row ``r`` holds the bias at ``key - query = m - k_len - r``.
         """
@@ -79,12 +81,12 @@ class AttentionMask:
         if window >= 0:
             hidden = hidden | (distance < -window) | (distance > window)
         bias = torch.zeros(1, 1, 1, 1, device=device) if self.alibi_slopes is None else self.alibi_slopes.float().view(1, -1, 1, 1)
-        bias = (bias * -distance.abs()).masked_fill(hidden, float('-inf'))
+        bias = (bias * -distance.abs()).masked_fill(hidden, float('-inf')).to(dtype)
         self._cache[('template', rows, window)] = bias
         return bias[..., k_len - wanted :]
 
     def chunk_bias(self, queries: tuple[int, int], keys: tuple[int, int], past: int, window: int, template: torch.Tensor) -> torch.Tensor:
-        """Bias of the queries in a range (query 0 is position ``past``) over the keys in a range: (b or 1, h or 1, queries, keys), fp32."""
+        """Bias of the queries in a range (query 0 is position ``past``) over the keys in a range: (b or 1, h or 1, queries, keys)."""
         (start, stop), (first_key, last_key) = queries, keys
         k_len = template.shape[-1] - template.shape[-2]
         offset = k_len - past - start
@@ -157,8 +159,9 @@ def attend(
         context = _sdpa(query, key, value, None, options, is_causal=mask.is_causal and q_len > 1)
         return context.transpose(1, 2).reshape(batch, q_len, n_heads * head_dim), None
     contexts, weights = _attend_chunks(query, key, value, mask, options)
-    context = contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=2)
-    return context.transpose(1, 2).reshape(batch, q_len, n_heads * head_dim), weights
+    # Chunks come laid out as (b, q, h, d), so this is one copy; joined as (b, h, q, d) it would be two.
+    context = torch.cat([chunk.transpose(1, 2) for chunk in contexts], dim=1)
+    return context.reshape(batch, q_len, n_heads * head_dim), weights
 
 
 def _replace_window(options: KernelOptions) -> KernelOptions:
@@ -191,10 +194,12 @@ def _attend_chunks(
     q_len, k_len = query.shape[2], key.shape[2]
     past = k_len - q_len
     key, value = _repeat_heads(key, query.shape[1]), _repeat_heads(value, query.shape[1])
-    is_chunked = query.device.type == 'cpu' and mask.is_causal and not options.needs_weights
+    is_cpu = query.device.type == 'cpu'
+    is_chunked = mask.is_causal and not options.needs_weights
     # A power of two, so that packed documents of many lengths need few templates.
-    rows = min(CPU_CHUNK, 1 << (q_len - 1).bit_length()) if is_chunked else q_len
-    template = mask.template(rows, k_len, options.window, query.device)
+    rows = min(CPU_CHUNK if is_cpu else OTHER_CHUNK, 1 << (q_len - 1).bit_length()) if is_chunked else q_len
+    # Only the CPU kernel takes an fp32 bias with bf16 queries; elsewhere one cast here serves all layers.
+    template = mask.template(rows, k_len, options.window, query.device, torch.float32 if is_cpu else _compute_dtype(query))
     contexts: list[torch.Tensor] = []
     weights = None
     for start in range(0, q_len, rows):
@@ -231,8 +236,6 @@ def _sdpa(
         else:
             key, value = _repeat_heads(key, query.shape[1]), _repeat_heads(value, query.shape[1])
     if bias is not None:
-        # Only the CPU kernel takes an fp32 bias with bf16 queries.
-        bias = bias if query.device.type == 'cpu' else bias.to(dtype)
         bias = bias.expand(query.shape[0], query.shape[1], -1, -1)
     with torch.autocast(query.device.type, enabled=False):
         return F.scaled_dot_product_attention(query, key, value, bias, options.dropout_p, is_causal, scale=options.scale, **kwargs)

@@ -131,25 +131,18 @@ class MPTConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         """Completes the nested dicts and checks every rule; arguments are described in the class docstring."""
-        self.d_model = d_model
-        self.n_heads = n_heads
-        self.n_layers = n_layers
-        self.head_dim = head_dim
+        self.d_model, self.n_heads, self.n_layers, self.head_dim = d_model, n_heads, n_layers, head_dim
         self.expansion_ratio = expansion_ratio
         self.max_seq_len = _integral('max_seq_len', max_seq_len)
         self.vocab_size = vocab_size
-        self.resid_pdrop = resid_pdrop
-        self.emb_pdrop = emb_pdrop
+        self.resid_pdrop, self.emb_pdrop = resid_pdrop, emb_pdrop
         self.learned_pos_emb = learned_pos_emb
         self.init_device = init_device
-        self.logit_scale = logit_scale
-        self.no_bias = no_bias
-        self.attention_bias = attention_bias
+        self.logit_scale, self.final_logit_softcapping = logit_scale, final_logit_softcapping
+        self.no_bias, self.attention_bias = no_bias, attention_bias
         self.embedding_fraction = embedding_fraction
-        self.norm_type = norm_type
-        self.norm_eps = norm_eps
+        self.norm_type, self.norm_eps = norm_type, norm_eps
         self.use_pad_tok_in_ffn = use_pad_tok_in_ffn
-        self.final_logit_softcapping = final_logit_softcapping
         self.attn_config = _complete(_without_removed_keys(attn_config), attn_config_defaults)
         self.ffn_config = _complete(ffn_config, ffn_config_defaults)
         self.init_config = _init_config(init_config)

@@ -141,6 +141,10 @@ class MPTModel(MPTPreTrainedModel):
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values if isinstance(past_key_values, Cache) else None
+        if getattr(cache, 'is_compileable', False):
+            raise NotImplementedError(
+                f'MPT needs a cache that grows, got {type(cache).__name__}; leave cache_implementation out or set it to dynamic'
+            )
         layer_pasts = self._layer_pasts(None if cache is not None else past_key_values, use_cache and cache is None)
         past_len = past_length(cache, layer_pasts, self.config.attn_config['attn_impl'])
         inputs = self._attention_inputs(x, past_len, attention_mask, sequence_id, position_ids)

@@ -59,11 +59,11 @@ class MPTForCausalLM(MPTPreTrainedModel, GenerationMixin):
         super().__init__(config)
         log.info('Instantiating an MPTForCausalLM model from %s', __file__)
         self.transformer = MPTModel(config)
+        # Not a sharding unit of its own: the loss reads its weight here, where only the root's parameters are whole.
         self.lm_head = None
         if not config.tie_word_embeddings:
             device = None if config.init_device in ('cpu', 'mixed') else config.init_device
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False, device=device)
-            self.lm_head._fsdp_wrap = True
         scale = config.logit_scale
         self.logit_scale = 1 / math.sqrt(config.d_model) if scale == 'inv_sqrt_d_model' else scale
         self.final_logit_softcapping = config.final_logit_softcapping

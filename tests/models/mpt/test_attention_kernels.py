@@ -70,7 +70,8 @@ def test_chunks_windows_alibi_softcap_cache_and_heads(chunk: int, monkeypatch: p
 
 @pytest.mark.parametrize('alibi', [False, True])
 @pytest.mark.parametrize('window', [-1, 5])
-def test_padding_inside_and_left(alibi: bool, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize('softcap', [None, 0.7])
+def test_padding_inside_and_left(alibi: bool, window: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, 'CPU_CHUNK', 8)
     key_padding = torch.ones(B, 30, dtype=torch.bool)
     key_padding[0, :9], key_padding[1, 11:14] = False, False
@@ -81,8 +82,8 @@ def test_padding_inside_and_left(alibi: bool, window: int, monkeypatch: pytest.M
         mask = AttentionMask(key_padding=key_padding, alibi_slopes=slopes)
         real = key_padding[:, -q_len:, None].float()
         eye = torch.arange(30 - q_len, 30)[:, None] == torch.arange(30)
-        want = naive(*inputs, (visible & key_padding[:, None, None]) | eye, bias)
-        got = run(inputs, mask, window=window)
+        want = naive(*inputs, (visible & key_padding[:, None, None]) | eye, bias, softcap)
+        got = run(inputs, mask, window=window, softcap=softcap)
         assert got.isfinite().all()
         compare(got, want, inputs, real)
 
@@ -246,13 +247,20 @@ def test_fallback_says_so_once(caplog: pytest.LogCaptureFixture, monkeypatch: py
     ]
 
 
-def test_bf16_autocast_keeps_the_bias_exact() -> None:
+def test_bf16_autocast_keeps_the_bias_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under autocast the bias stays fp32: in bf16, slope * 1000 would be off by up to 2."""
     inputs = [x.detach() for x in tensors(40, 40, 4)]
     mask = AttentionMask(alibi_slopes=torch.tensor([0.9, 0.7, 0.3, 0.01]))
+    real, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append((q.dtype, bias.dtype, torch.is_autocast_enabled('cpu')))
+        return real(q, k, v, bias, *args, **kwargs)
+
+    monkeypatch.setattr(kernels.F, 'scaled_dot_product_attention', spy)
     with torch.autocast('cpu', torch.bfloat16):
         got = run(inputs, mask)
-    assert got.dtype == torch.bfloat16
+    assert got.dtype == torch.bfloat16 and seen == [(torch.bfloat16, torch.float32, False)]
     visible, _ = explicit(40, 40, -1, False)
     distance = torch.arange(40)[:, None] - torch.arange(40)
     want = naive(*(x.bfloat16().float() for x in inputs), visible, -mask.alibi_slopes.view(1, H, 1, 1) * distance)

@@ -196,3 +196,13 @@ def test_each_override_changes_the_output() -> None:
         model = tiny_mpt(config.attn_config, block_overrides=overrides('default', name))
         model.load_state_dict(base.state_dict())
         assert (model(ids).logits - want).abs().max() > 1e-3, name
+
+
+@pytest.mark.parametrize('positions', [{'alibi': True}, {'rope': True}])
+@torch.no_grad()
+def test_a_nope_layer_does_not_see_the_order_of_earlier_tokens(positions: dict[str, Any]) -> None:
+    ids = torch.randint(0, 101, (1, 12), generator=torch.Generator().manual_seed(1))
+    shuffled = ids[:, [*torch.randperm(11, generator=torch.Generator().manual_seed(2)).tolist(), 11]]
+    nope, plain = (tiny_mpt(positions, n_layers=1, block_overrides=overrides(name)) for name in ('nope', 'default'))
+    torch.testing.assert_close(nope(shuffled).logits[:, -1], nope(ids).logits[:, -1], atol=1e-5, rtol=0)
+    assert (plain(shuffled).logits[:, -1] - plain(ids).logits[:, -1]).abs().max() > 1e-3

@@ -210,19 +210,27 @@ def test_activation_checkpointing_and_sharding_hooks() -> None:
     model = MPTForCausalLM(tiny_config(activation_checkpointing_target={'grouped_query_attention': 'first-1'}))
     blocks = model.transformer.blocks
     assert [model.activation_checkpointing_fn(b.attn) for b in blocks] == [True, False]
+    assert not any(hasattr(m, '_fsdp_wrap') for m in tiny_mpt(tie_word_embeddings=False).modules())
     assert model.fsdp_wrap_fn(blocks[0]) is True and model.fsdp_wrap_fn(blocks[0].attn) is False
 
 
-def test_recomputation_gives_the_same_gradients(ids: torch.Tensor) -> None:
+@pytest.mark.parametrize('target', [None, 'norm_attn_norm', ['grouped_query_attention', 'ffn']])
+def test_recomputation_gives_the_same_gradients(ids: torch.Tensor, target: Any) -> None:
     """Blocks wrapped as the trainer wraps them, with reuse of keys between layers."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
     overrides = {'order': [{'name': 'default'}, {'name': 'reuse'}], 'overrides': {'reuse': {'attn_config': {'reuse_kv_layer_idx': -1}}}}
-    model = tiny_mpt({'alibi': True, 'attn_logit_softcapping': 2.0}, block_overrides=overrides).train()
+    model = tiny_mpt({'alibi': True, 'attn_logit_softcapping': 2.0}, block_overrides=overrides, activation_checkpointing_target=target).train()
+    calls: list[int] = []
     wrapped = copy.deepcopy(model)
     apply_activation_checkpointing(wrapped, check_fn=wrapped.activation_checkpointing_fn)
-    for m in (model, wrapped):
+    for m, n_calls in ((model, 2), (wrapped, 4)):
+        projections = [module for name, module in m.named_modules() if name.endswith(('.Wqkv', '.Wq'))]
+        for projection in projections:
+            projection.register_forward_hook(lambda *args: calls.append(1))
         m(ids, labels=ids).loss.backward()
+        assert len(calls) == n_calls and len(projections) == 2
+        calls.clear()
     for a, b in zip(model.parameters(), wrapped.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
 
