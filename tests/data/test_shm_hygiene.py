@@ -43,8 +43,9 @@ def start(data: Path, local: Path, runs: Path, what: str) -> tuple[subprocess.Po
     return job, int(line)
 
 
-def blocks(prefix: int) -> set[str]:
-    return {name for name in os.listdir('/dev/shm') if name.startswith(f'{prefix:06d}_')}
+def blocks(prefix: int) -> set[tuple[str, int]]:
+    """Names and inodes, since another job of the machine may take a freed number at once."""
+    return {(path.name, path.stat().st_ino) for path in Path('/dev/shm').glob(f'{prefix:06d}_*')}
 
 
 def kill_group(job: subprocess.Popen) -> None:
@@ -68,12 +69,12 @@ def test_kill_9_of_a_process_group_leaves_nothing_for_the_next_start_and_spares_
         doomed, doomed_prefix = start(shared_tokens, tmp_path / 'doomed', runs, 'stay')
         before = blocks(living_prefix)
         kill_group(doomed)
-        assert blocks(doomed_prefix), 'the kill left nothing, so this test shows nothing'
+        left = blocks(doomed_prefix)
+        assert left, 'the kill left nothing, so this test shows nothing'
         # The same local folder again: Streaming would refuse it while the dead run's blocks name it.
-        successor, successor_prefix = start(shared_tokens, tmp_path / 'doomed', runs, 'end')
+        successor, _ = start(shared_tokens, tmp_path / 'doomed', runs, 'end')
         assert successor.wait(240) == 0
-        assert successor_prefix == doomed_prefix, 'the freed number is taken again'
-        assert not blocks(doomed_prefix)
+        assert not left & blocks(doomed_prefix)
         assert blocks(living_prefix) == before and before
         assert living.poll() is None
         folders = list(shm_hygiene.runs_folder().glob('run-*'))
@@ -81,7 +82,7 @@ def test_kill_9_of_a_process_group_leaves_nothing_for_the_next_start_and_spares_
     finally:
         kill_group(living)
     assert shm_hygiene.clean_dead_runs() == [living_prefix]
-    assert not blocks(living_prefix) and not list(shm_hygiene.runs_folder().glob('run-*'))
+    assert not before & blocks(living_prefix) and not list(shm_hygiene.runs_folder().glob('run-*'))
 
 
 def test_leftovers_that_are_not_ours_do_not_stop_a_start(gpt2: Any, shared_tokens: Path, runs: Path, tmp_path: Path) -> None:
