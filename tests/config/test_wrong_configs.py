@@ -270,11 +270,14 @@ CASES: list[tuple[str, Edits, tuple[str, ...], list[str]]] = [
     ('key of another kind of ffn', (), ('model.ffn_config.moe_top_k=2',), [
         'model.ffn_config.moe_top_k (command line): is not a key of ffn_type mptmlp, which takes ffn_type, ffn_hidden_size, ffn_act_fn',
     ]),
+    ('argument that a callback would silently drop', (), ('callbacks.nan_monitor.every=2',), [
+        'callbacks.nan_monitor.every (command line): unknown key (it takes no arguments)',
+    ]),
 ]  # fmt: skip
 
 
 def test_table_is_long() -> None:
-    assert len(CASES) == 83
+    assert len(CASES) == 84
 
 
 @pytest.mark.parametrize(('edits', 'overrides', 'expected'), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
