@@ -12,6 +12,12 @@ from llmfoundry.lazy import lazy_exports
 _NAMES = {
     'TRAIN_CONFIG_KEYS': 'llmfoundry.config.train',
     'TrainConfig': 'llmfoundry.config.train',
+    'convert_dataset_hf': 'llmfoundry.command_utils.data_prep.convert_dataset_hf',
+    'convert_dataset_hf_from_args': 'llmfoundry.command_utils.data_prep.convert_dataset_hf',
+    'convert_dataset_json': 'llmfoundry.command_utils.data_prep.convert_dataset_json',
+    'convert_dataset_json_from_args': 'llmfoundry.command_utils.data_prep.convert_dataset_json',
+    'convert_text_to_mds': 'llmfoundry.command_utils.data_prep.convert_text_to_mds',
+    'convert_text_to_mds_from_args': 'llmfoundry.command_utils.data_prep.convert_text_to_mds',
     'train_from_yaml': 'llmfoundry.command_utils.train',
     'validate_config': 'llmfoundry.command_utils.train',
 }
