@@ -8,8 +8,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-# Sizes of the published MPT models: width, heads, layers.
+# Sizes of the published MPT models: width, heads, layers. 'tiny' only tries out the benchmark itself.
 MODELS = {
+    'tiny': {'d_model': 64, 'n_heads': 2, 'n_layers': 2},
     '125m': {'d_model': 768, 'n_heads': 12, 'n_layers': 12},
     '350m': {'d_model': 1024, 'n_heads': 16, 'n_layers': 24},
     '760m': {'d_model': 1536, 'n_heads': 12, 'n_layers': 24},
@@ -54,6 +55,18 @@ def matmul_rate(size: str, tokens: int, repeats: int = 3) -> float:
             torch.mm(a, b.t(), out=out)
             best = max(best, 2.0 * rows * inner * columns / (time.perf_counter() - start))
     return best
+
+
+# Dense bf16 tensor-core peaks in FLOP/s from the makers' data sheets (no sparsity), by a part of the device's name; the first match counts.
+PEAK_BF16_FLOPS = {
+    'GB200': 2.5e15, 'B300': 2.5e15, 'B200': 2.25e15, 'H200 NVL': 835e12, 'H200': 989.5e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'GH200': 989.5e12, 'H100': 989.5e12, 'H800': 989.5e12,
+    'A100': 312e12, 'A800': 312e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A40': 149.7e12, 'A10': 125e12, 'RTX 4090': 165.2e12, 'RTX 3090': 71e12,
+}
+
+
+def peak_bf16_flops(device_name: str) -> float | None:
+    """The device's dense bf16 peak, or None if the table does not have it."""
+    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in device_name), None)
 
 
 def peak_rss_bytes() -> int:
