@@ -126,3 +126,14 @@ def test_right_padding_is_refused() -> None:
         str(e.value)
         == "MPT generates with padding on the left only: attention_mask is 0 at the last token of a row; set tokenizer.padding_side = 'left'"
     )
+
+
+@torch.no_grad()
+def test_reorder_cache_reorders_cache_objects_in_place() -> None:
+    model = tiny_mpt({'alibi': True})
+    cache = DynamicCache()
+    ids = prompts(0)[0]
+    model(ids[:, :-1], past_key_values=cache, use_cache=True)
+    assert model._reorder_cache(cache, torch.tensor([1, 0])) is cache
+    got = model(ids[[1, 0], -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+    torch.testing.assert_close(got, model(ids[[1, 0]]).logits[:, -1], atol=1e-5, rtol=0)
