@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -12,7 +12,7 @@ from llmfoundry.typed_registry import resolve_target
 __all__ = ['schema', 'train', 'validate']
 
 YamlArgument = Annotated[str, typer.Argument(metavar='YAML', help='Path of the config.')]
-Overrides = Annotated[Optional[list[str]], typer.Argument(metavar='[KEY=VALUE]...', help='Overrides with dotted keys, e.g. train_loader.dataset.split=val.')]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar='[KEY=VALUE]...', help='Overrides with dotted keys, e.g. train_loader.dataset.split=val.')]
 
 
 def train(yaml_path: YamlArgument, overrides: Overrides = None) -> None:
@@ -23,7 +23,7 @@ def train(yaml_path: YamlArgument, overrides: Overrides = None) -> None:
 def validate(
     yaml_path: YamlArgument,
     overrides: Overrides = None,
-    world_size: Annotated[Optional[int], typer.Option(min=1, help='Number of processes to check batch sizes for; by default that of the environment.')] = None,
+    world_size: Annotated[int | None, typer.Option(min=1, help='Number of processes to check batch sizes for; by default that of the environment.')] = None,
 ) -> None:
     """Check a training YAML without loading torch: exit 0 with a summary, or 1 with every problem."""
     summary = resolve_target('llmfoundry.config.summary:validation_summary')
@@ -35,7 +35,7 @@ def validate(
 
 
 def schema(
-    output: Annotated[Optional[str], typer.Option('--output', '-o', help='File to write; by default standard output.')] = None,
+    output: Annotated[str | None, typer.Option('--output', '-o', help='File to write; by default standard output.')] = None,
 ) -> None:
     """Print the JSON Schema of a training YAML, with the keys of installed plug-ins."""
     text = resolve_target('llmfoundry.config.summary:schema_text')()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -15,7 +15,7 @@ app = typer.Typer(help='List what a YAML can name.', no_args_is_help=True)
 
 
 @app.command('get')
-def get(group: Annotated[Optional[str], typer.Option('--group', '-g', help='Show this registry only.')] = None) -> None:
+def get(group: Annotated[str | None, typer.Option('--group', '-g', help='Show this registry only.')] = None) -> None:
     """Print each registry, what it is for, and its names."""
     registries = registry.all_registries()
     if group is not None and group not in registries:

@@ -17,7 +17,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Union
 
 __all__ = ['Parameter', 'Signature', 'read_fields', 'read_signature', 'signature_of_object']
 
@@ -52,7 +52,10 @@ class Signature:
 def read_signature(target: Any) -> Signature | None:
     """The signature behind ``'package.module:attribute'``, or of the object itself; None when it cannot be read."""
     if not isinstance(target, str):
-        return signature_of_object(target)
+        # Source tells more than the object does (kwargs passed on or dropped), also after an entry was resolved.
+        home, name = getattr(target, '__module__', None), getattr(target, '__qualname__', '.')
+        static = _signature(home, name, 0) if isinstance(home, str) and '.' not in name else None
+        return static or signature_of_object(target)
     module, _, attribute = target.partition(':')
     if module.startswith('.'):
         module = 'llmfoundry' + module
@@ -76,11 +79,11 @@ def signature_of_object(obj: Any) -> Signature | None:
             continue
         has_default = p.default is not p.empty
         tp = hints.get(p.name, Any)
-        named[p.name] = Parameter(p.name, Optional[tp] if has_default and p.default is None else tp, not has_default, p.default if has_default else None)
+        named[p.name] = Parameter(p.name, Union[tp, None] if has_default and p.default is None else tp, not has_default, p.default if has_default else None)
     return Signature(named, not any(p.kind is p.VAR_KEYWORD for p in parameters), inspect.getdoc(obj))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _package_root(package: str) -> Path | None:
     """Folder of a top-level package. ``find_spec`` of a top-level name does not execute it."""
     loaded = sys.modules.get(package)
@@ -93,7 +96,7 @@ def _package_root(package: str) -> Path | None:
     return Path(spec.origin).parent if spec is not None and spec.origin and spec.submodule_search_locations else None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _module_file(module: str) -> Path | None:
     first, *rest = module.split('.')
     root = _package_root(first)
@@ -105,7 +108,7 @@ def _module_file(module: str) -> Path | None:
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _parse(module: str) -> ast.Module | None:
     file = _module_file(module)
     if file is None:
@@ -164,7 +167,7 @@ def _resolve_base(module: str, base: ast.expr, depth: int) -> tuple[str, ast.AST
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _signature(module: str, name: str, depth: int) -> Signature | None:
     found = _resolve(module, name, depth)
     if found is None or depth > _MAX_DEPTH:
@@ -243,7 +246,7 @@ def _parameter(name: str, annotation: ast.expr | None, default: ast.expr | None)
         except ValueError:
             tp = tp if not isinstance(default, ast.Constant) else Any
         if value is None:
-            tp = Optional[tp]
+            tp = Union[tp, None]
     return Parameter(name, tp, default is None, value)
 
 
@@ -272,7 +275,7 @@ def _subscript_type(node: ast.Subscript) -> Any:
         return Literal[tuple(values)] if len(values) == len(items) and values else Any
     members = [type_from_ast(i) for i in items]
     if head == 'Optional':
-        return Optional[members[0]]
+        return Union[members[0], None]
     if head == 'Union':
         return Union[tuple(members)]
     base = _SCALARS.get(head, Any)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Union
 
 import pytest
 
@@ -52,10 +52,10 @@ def test_fsdp_keys_come_from_composer() -> None:
 def test_types() -> None:
     signature = read_signature('streaming:StreamingDataset')
     assert signature is not None
-    assert signature.parameters['shuffle'].type == bool
-    assert signature.parameters['download_retry'].type == int
-    assert signature.parameters['cache_limit'].type == Optional[int | str]
-    assert signature.parameters['stream_config'].type == Optional[dict[str, Any]]
+    assert signature.parameters['shuffle'].type is bool
+    assert signature.parameters['download_retry'].type is int
+    assert signature.parameters['cache_limit'].type == Union[int, str, None]
+    assert signature.parameters['stream_config'].type == Union[dict[str, Any], None]
 
 
 def test_what_cannot_be_read_is_not_checked() -> None:
