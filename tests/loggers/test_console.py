@@ -6,7 +6,7 @@ import io
 from types import SimpleNamespace
 
 import torch
-from composer.core import Time, TimeUnit, Timestamp
+from composer.core import Time, Timestamp, TimeUnit
 
 from llmfoundry.loggers.console import TrainConsoleLogger, console_lines
 
