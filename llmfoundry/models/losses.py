@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ class LossOutput(NamedTuple):
 
     loss_sum: torch.Tensor
     num_targets: torch.Tensor
-    num_correct: Optional[torch.Tensor] = None
+    num_correct: torch.Tensor | None = None
 
     def mean(self) -> torch.Tensor:
         """Mean loss per token; 0 with a zero gradient, not NaN, if no token has a target."""

@@ -5,7 +5,6 @@ The model keeps transformers' own modules and parameter names; only its loss is 
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Mapping, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,8 +15,6 @@ from llmfoundry.models.hf.fused_head import add_loss_to_forward
 from llmfoundry.models.hf.load import load_causal_lm, load_config, resolve_attn_implementation
 
 __all__ = ['ComposerHFCausalLM', 'build_lora_config']
-
-log = logging.getLogger(__name__)
 
 
 class ComposerHFCausalLM(BaseHuggingFaceModel):
