@@ -35,7 +35,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 
 bench: $(STAMP)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/data_prep/benchmarking/tokenize_rate.py
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/data_prep/benchmarking/benchmark.py
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/train/benchmarking/train_step.py
 
 bench-gpu: $(STAMP)

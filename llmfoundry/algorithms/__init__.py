@@ -1,0 +1,1 @@
+"""Algorithms beside what Composer offers."""

@@ -1,0 +1,1 @@
+"""Safe loading of Composer checkpoints and export to Hugging Face folders."""

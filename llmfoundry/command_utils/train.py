@@ -13,6 +13,7 @@ from typing import Any, Mapping, Sequence
 import torch
 import yaml
 from composer import Trainer
+from composer.loggers import Logger
 
 from llmfoundry import builders, dist
 from llmfoundry.command_utils import train_parts as parts
@@ -77,7 +78,7 @@ def train(cfg: TrainConfig) -> Trainer:
     if parts.write_only_checkpoint(cfg, trainer):
         return trainer
     if cfg.log_config:
-        log_config(trainer, logged_cfg)
+        log_config(trainer.logger, logged_cfg)
     gc.collect()
     torch.cuda.empty_cache()
     parts.settle_microbatch_size(cfg, trainer)
@@ -109,8 +110,8 @@ def train_from_yaml(yaml_path: str | os.PathLike, args_list: Sequence[str] | Non
     return train(load_train_config(yaml_path, list(args_list or ())))
 
 
-def log_config(trainer: Trainer, logged_cfg: Mapping[str, Any]) -> None:
+def log_config(logger: Logger, cfg: Mapping[str, Any]) -> None:
     """Prints the config as YAML once, without the keys that are not set, and sends all of it to the loggers as hyperparameters."""
-    shown = {k: v for k, v in logged_cfg.items() if v is not None}
+    shown = {k: v for k, v in cfg.items() if v is not None}
     setup.say(['config:', yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=150)])
-    trainer.logger.log_hyperparameters(dict(logged_cfg))
+    logger.log_hyperparameters(dict(cfg))

@@ -76,9 +76,7 @@ def _query_key_norms(m: _Model) -> None:
         m.add('attn_config.qk_gn', 'qk_ln and qk_gn cannot both be true')
 
 
-def _one_position_scheme(m: _Model) -> None:
-    if m['attn_config.alibi'] and m['attn_config.rope']:
-        m.add('attn_config.rope', 'alibi and rope cannot both be true')
+def _no_global_nope(m: _Model) -> None:
     if m['attn_config.nope']:
         m.add('attn_config.nope', 'cannot be set for all layers; set it in block_overrides')
 
@@ -168,7 +166,7 @@ def _block_overrides(m: _Model) -> None:
 
 
 _RULES: tuple[Callable[[_Model], None], ...] = (
-    _positive_sizes, _probabilities, _heads_divide_width, _integral_hidden_size, _kv_heads, _query_key_norms, _one_position_scheme, _rope_types, _cross_attention,
+    _positive_sizes, _probabilities, _heads_divide_width, _integral_hidden_size, _kv_heads, _query_key_norms, _no_global_nope, _rope_types, _cross_attention,
     _no_sequence_parallelism, _sliding_window, _logit_scale, _init_config, _activation, _ffn_keys, _experts, _block_overrides,
 )  # fmt: skip
 

@@ -10,6 +10,7 @@ _NAMES = {
     'TRAIN_CONFIG_KEYS': 'llmfoundry.config.train',
     'TrainConfig': 'llmfoundry.config.train',
     'calculate_batch_size_info': 'llmfoundry.config.batch_size',
+    'log_config': 'llmfoundry.command_utils.train',
     'make_dataclass_and_log_config': 'llmfoundry.config.containers',
     'pop_config': 'llmfoundry.config.containers',
     'process_init_device': 'llmfoundry.command_utils.parallelism',

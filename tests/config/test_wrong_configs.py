@@ -129,8 +129,8 @@ CASES: list[tuple[str, Edits, tuple[str, ...], list[str]]] = [
     ('kv heads', (), ('model.attn_config.attn_type=grouped_query_attention', 'model.attn_config.kv_n_heads=3',), [
         'model.attn_config.kv_n_heads (command line): must be positive and divide n_heads 2, got 3',
     ]),
-    ('rope and alibi', (), ('model.attn_config.rope=true', 'model.attn_config.alibi=true',), [
-        'model.attn_config.rope (command line): alibi and rope cannot both be true',
+    ('global nope', (), ('model.attn_config.nope=true',), [
+        'model.attn_config.nope (command line): cannot be set for all layers; set it in block_overrides',
     ]),
     ('rope type', (), ('model.attn_config.rope_hf_config.type=yarn',), [
         "model.attn_config.rope_hf_config.type (command line): expected one of 'no_scaling', 'linear', 'dynamic', 'llama3', got 'yarn'",

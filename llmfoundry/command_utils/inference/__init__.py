@@ -1,0 +1,1 @@
+"""Conversion and generation commands, one per file."""
