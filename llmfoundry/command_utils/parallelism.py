@@ -8,6 +8,7 @@ FSDP1 knew are accepted and named in a note.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from dataclasses import dataclass
 from typing import Any, ContextManager, Mapping
 
@@ -15,6 +16,7 @@ import torch
 
 from llmfoundry import builders, dist
 from llmfoundry.errors import ConfigError, ConfigProblem
+from llmfoundry.experimental import ExperimentalWarning
 from llmfoundry.models.meta_device import init_empty_weights
 
 __all__ = ['Placement', 'build_parallelism_config', 'fsdp2_settings', 'process_init_device', 'resolve_placement']
@@ -141,8 +143,6 @@ def build_parallelism_config(placement: Placement, model: Any) -> tuple[dict[str
     Raises:
         ConfigError: settings that FSDP2 or tensor parallelism does not have.
     """
-    import warnings
-
     from composer.utils.parallelism import FSDP2Config
 
     config: dict[str, Any] = {}
@@ -179,5 +179,7 @@ def _tensor_parallel(tp_config: Mapping[str, Any], model: Any) -> dict[str, Any]
     missing = [k for k in ('strategy', 'tensor_parallel_degree') if k not in tp_config]
     if missing:
         raise ConfigError([ConfigProblem('tp_config', f'needs {" and ".join(missing)}')])
+    warnings.warn(ExperimentalWarning('Tensor parallelism'), stacklevel=2)
+    warnings.warn('Tensor parallelism does not support saving and loading checkpoints yet.', stacklevel=2)
     plan = builders.build_tp_strategies(tp_config['strategy'], model)
     return {**{k: v for k, v in tp_config.items() if k != 'strategy'}, 'layer_plan': plan}
