@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from llmfoundry.checkpoint import parity_probe
 from llmfoundry.checkpoint.weights import name_list
 from llmfoundry.errors import ParityError
+from llmfoundry.models.hf.load import DTYPE_KEY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -117,7 +118,7 @@ def check_parity(folder: Path, reference: Reference, probe: dict[str, torch.Tens
     with tempfile.TemporaryDirectory(prefix='parity-') as name:
         work = Path(name)
         save_file({k: v.contiguous() for k, v in probe.items()}, work / 'probe.safetensors')
-        options = {'trust_remote_code': trust_remote_code, 'has_tokenizer': reference.tokenizer is not None, 'texts': PROBE_TEXTS}
+        options = {'trust_remote_code': trust_remote_code, 'has_tokenizer': reference.tokenizer is not None, 'texts': PROBE_TEXTS, 'dtype_key': DTYPE_KEY}
         (work / 'options.json').write_text(json.dumps(options), encoding='utf-8')
         _run_probe(folder, work, trust_remote_code)
         logits = load_file(work / 'logits.safetensors')['logits']

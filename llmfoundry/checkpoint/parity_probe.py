@@ -34,17 +34,14 @@ def main(folder: str, work_folder: str) -> None:
     block('llmfoundry')
     import torch
     import transformers
-    from packaging.version import Version
     from safetensors.torch import load_file, save_file
 
     work = Path(work_folder)
     options = json.loads((work / 'options.json').read_text(encoding='utf-8'))
     probe = load_file(work / 'probe.safetensors')
     trust = options['trust_remote_code']
-    # The argument was renamed in transformers 4.56.
-    dtype_key = 'dtype' if Version(transformers.__version__) >= Version('4.56') else 'torch_dtype'
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=trust, output_loading_info=True, **{dtype_key: torch.float32}
+        folder, trust_remote_code=trust, output_loading_info=True, **{options['dtype_key']: torch.float32}
     )
     model.eval()
     facts = {

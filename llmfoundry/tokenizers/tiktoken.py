@@ -10,6 +10,8 @@ This file is copied into exported model folders (``register_for_auto_class``), s
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizer
@@ -222,6 +224,13 @@ class TiktokenTokenizerWrapper(PreTrainedTokenizer):
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Writes nothing: the encoding is known by its name."""
         return ()
+
+    def _save_pretrained(self, save_directory: Any, file_names: tuple[str, ...], *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        # transformers 5 leaves these two out of tokenizer_config.json, its first file, because fast tokenizers keep them in tokenizer.json.
+        path = Path(file_names[0])
+        settings = {'add_bos_token': self.add_bos_token, 'add_eos_token': self.add_eos_token, **json.loads(path.read_text(encoding='utf-8'))}
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+        return super()._save_pretrained(save_directory, file_names, *args, **kwargs)
 
 
 TiktokenTokenizerWrapper.register_for_auto_class()

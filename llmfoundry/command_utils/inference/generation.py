@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, ContextManager, Iterator
 import numpy as np
 import torch
 import transformers
-from packaging.version import Version
 
 from llmfoundry.command_utils.inference.arguments import seconds
 from llmfoundry.command_utils.inference.hf_generate import GenerateArgs
 from llmfoundry.command_utils.inference.prompts import load_prompts
+from llmfoundry.models.hf.load import DTYPE_KEY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,9 +115,7 @@ def load_model(args: GenerateArgs) -> PreTrainedModel:
     """The model in evaluation mode where the arguments put it."""
     config = load_config(args)
     device, device_map = _placement(args)
-    # The argument was renamed in transformers 4.56.
-    dtype_key = 'dtype' if Version(transformers.__version__) >= Version('4.56') else 'torch_dtype'
-    arguments = {**_hub_arguments(args), 'config': config, dtype_key: _DTYPES[args.model_dtype] if args.model_dtype else 'auto'}
+    arguments = {**_hub_arguments(args), 'config': config, DTYPE_KEY: _DTYPES[args.model_dtype] if args.model_dtype else 'auto'}
     if device_map is not None:
         arguments['device_map'] = device_map
     if args.attn_impl is not None and not isinstance(getattr(config, 'attn_config', None), dict):

@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from llmfoundry import dist
 from llmfoundry.models.meta_device import init_empty_weights
 
-__all__ = ['apply_config_overrides', 'load_causal_lm', 'load_config', 'resolve_attn_implementation']
+__all__ = ['DTYPE_KEY', 'apply_config_overrides', 'load_causal_lm', 'load_config', 'resolve_attn_implementation']
 
 log = logging.getLogger(__name__)
 
-# transformers 4.56 renamed the argument; both spellings reach the same place.
-_DTYPE_KEY = 'dtype' if tuple(int(part) for part in transformers.__version__.split('.')[:2]) >= (4, 56) else 'torch_dtype'
+# The argument of from_pretrained that sets the dtype of weights; transformers renamed it together with the attribute of configs.
+DTYPE_KEY = 'dtype' if hasattr(PretrainedConfig(), 'dtype') else 'torch_dtype'
 
 
 def resolve_attn_implementation(attn_implementation: str | None, use_flash_attention_2: bool) -> str | None:
@@ -70,6 +70,8 @@ def load_config(
 def apply_config_overrides(config: PretrainedConfig, overrides: Mapping[str, Any], path: str = 'config_overrides') -> None:
     """Sets attributes of a config, in place; dicts are merged into dicts and nested configs.
 
+    ``rope_theta`` and ``rope_scaling`` mean the same where transformers keeps them in one dict, ``rope_parameters`` (since version 5).
+
     Args:
         config: the config.
         overrides: attribute -> value.
@@ -81,6 +83,10 @@ def apply_config_overrides(config: PretrainedConfig, overrides: Mapping[str, Any
     """
     for key, value in overrides.items():
         where = f'{path}.{key}'
+        if key in ('rope_theta', 'rope_scaling') and 'rope_type' in (getattr(config, 'rope_parameters', None) or {}):
+            config.rope_parameters = _rope_parameters(config.rope_parameters, key, value, where)
+            config.standardize_rope_params()
+            continue
         if not hasattr(config, key):
             raise ValueError(f'{where}: {type(config).__name__} has no attribute {key!r}, so it cannot be overridden with {value!r}.')
         current = getattr(config, key)
@@ -99,6 +105,19 @@ def _merge(current: Mapping[str, Any], value: Mapping[str, Any], where: str) -> 
     if unknown:
         raise ValueError(f'{where}: unknown keys {unknown}; the config has {sorted(current)}.')
     return {**current, **value}
+
+
+def _rope_parameters(current: Mapping[str, Any], key: str, value: Any, where: str) -> dict[str, Any]:
+    """``rope_parameters`` with ``rope_theta`` or ``rope_scaling`` overridden. A model without scaling has the type ``default`` there, and theta must outlive a new scaling."""
+    if key == 'rope_theta':
+        return {**current, key: value}
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f'{where}: expected a mapping or null, got {value!r}.')
+    if value is not None and current['rope_type'] != 'default':
+        return _merge(current, value, where)
+    kept = {name: current[name] for name in ('rope_theta', 'partial_rotary_factor') if name in current}
+    scaling = dict(value or {})
+    return {**kept, 'rope_type': scaling.pop('type', 'default'), **scaling}
 
 
 def load_causal_lm(
@@ -122,7 +141,7 @@ def load_causal_lm(
         raise ValueError(f'init_device={init_device!r} is not known; choose one of: cpu, meta, mixed.')
     is_first = dist.get_global_rank() == 0
     on_meta = init_device == 'meta' or (init_device == 'mixed' and not is_first)
-    kwargs: dict[str, Any] = {'trust_remote_code': trust_remote_code, _DTYPE_KEY: torch.float32}
+    kwargs: dict[str, Any] = {'trust_remote_code': trust_remote_code, DTYPE_KEY: torch.float32}
     attn_implementation = getattr(config, '_attn_implementation_internal', None) or getattr(config, '_attn_implementation', None)
     if attn_implementation is not None:
         kwargs['attn_implementation'] = attn_implementation

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmfoundry.models.hf.causal_lm import ComposerHFCausalLM, build_lora_config
 from llmfoundry.models.hf.load import apply_config_overrides, load_causal_lm, load_config, resolve_attn_implementation
@@ -28,9 +28,33 @@ def test_overrides_are_set_and_merged() -> None:
 
 def test_none_takes_a_new_dict() -> None:
     config = llama()
-    config.rope_scaling = None
-    apply_config_overrides(config, {'rope_scaling': {'type': 'dynamic', 'factor': 2.0}})
-    assert config.rope_scaling == {'type': 'dynamic', 'factor': 2.0}
+    config.extra = None
+    apply_config_overrides(config, {'extra': {'type': 'dynamic', 'factor': 2.0}})
+    assert config.extra == {'type': 'dynamic', 'factor': 2.0}
+
+
+def rope_facts(config: LlamaConfig) -> dict[str, Any]:
+    """What the model makes of a config's rope settings, wherever transformers keeps them."""
+    rope = LlamaForCausalLM(config).model.rotary_emb
+    return {'type': rope.rope_type, 'inv_freq': rope.inv_freq.tolist()}
+
+
+@pytest.mark.parametrize(('overrides', 'same_as'), [
+    ({'rope_scaling': {'type': 'dynamic', 'factor': 2.0}}, {'rope_theta': 2e4, 'rope_scaling': {'rope_type': 'dynamic', 'factor': 2.0}}),
+    ({'rope_scaling': {'rope_type': 'linear', 'factor': 4.0}}, {'rope_theta': 2e4, 'rope_scaling': {'rope_type': 'linear', 'factor': 4.0}}),
+    ({'rope_theta': 5e5}, {'rope_theta': 5e5}),
+    ({'rope_theta': 5e5, 'rope_scaling': {'rope_type': 'linear', 'factor': 4.0}}, {'rope_theta': 5e5, 'rope_scaling': {'rope_type': 'linear', 'factor': 4.0}}),
+])
+def test_rope_overrides_keep_the_rest_of_rope(overrides: dict[str, Any], same_as: dict[str, Any]) -> None:
+    config = llama(rope_theta=2e4)
+    apply_config_overrides(config, overrides)
+    assert rope_facts(config) == rope_facts(llama(**same_as)) != rope_facts(llama(rope_theta=2e4))
+
+
+def test_rope_scaling_can_be_taken_away() -> None:
+    config = llama(rope_theta=2e4, rope_scaling={'rope_type': 'linear', 'factor': 4.0})
+    apply_config_overrides(config, {'rope_scaling': None})
+    assert rope_facts(config) == rope_facts(llama(rope_theta=2e4))
 
 
 @pytest.mark.parametrize(('overrides', 'message'), [
