@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import posixpath
 import re
@@ -118,13 +119,28 @@ def _read_sharded(folder: str, source: str, extra_classes: Iterable[str]) -> Che
     model = {name: path for name, path in paths.items() if path[:2] == ('state', 'model')}
     if not model:
         raise RuntimeError(f'"state" is not an available key in the provided composer checkpoint {source!r}, or it holds no model. Is {source!r} a valid checkpoint from Composer?')
-    huggingface = sharded.values(('state', 'integrations', 'huggingface'))
+    huggingface = _parse_files(sharded.values(('state', 'integrations', 'huggingface')), source)
     _check_huggingface(huggingface, source)
     weights = {}
     for name, path in model.items():
         shape, dtype = sharded.shape_and_dtype(name)
         weights[_hf_name('.'.join(map(str, path[2:])))] = LazyTensor(shape, dtype, lambda n=name: sharded.tensor(n))
     return Checkpoint(source, weights, huggingface)
+
+
+def _parse_files(huggingface: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Parses the JSON files that our sharded checkpoints hold as one string each (see ``BaseHuggingFaceModel.get_metadata``); other checkpoints hold them parsed."""
+    try:
+        return {
+            group: {name: {**entry, 'content': json.loads(entry['content'])} if _is_json_text(entry) else entry for name, entry in entries.items()}
+            for group, entries in huggingface.items()
+        }
+    except ValueError as e:
+        raise CheckpointError(f'{source!r}: a file in the metadata of the model or the tokenizer is damaged. Cause: {e}') from e
+
+
+def _is_json_text(entry: Mapping[str, Any]) -> bool:
+    return entry.get('file_extension') == '.json' and isinstance(entry.get('content'), str)
 
 
 def _check_huggingface(huggingface: Any, source: str) -> None:

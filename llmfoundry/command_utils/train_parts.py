@@ -5,9 +5,10 @@ Settings of Composer's Trainer that we do not follow blindly are decided here: b
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 from composer import Callback, Evaluator, Trainer
@@ -196,7 +197,7 @@ def build_trainer(
     The microbatch size is never given as ``auto``; ``settle_microbatch_size`` replaces the device batch when it is.
     """
     auto = cfg.device_train_microbatch_size == 'auto'
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _metadata_for_sharded_checkpoints(cfg, model):
         warnings.filterwarnings('ignore', message='Specifying the (ConsoleLogger|ProgressBarLogger) via `loggers`')
         trainer = Trainer(
             run_name=cfg.run_name, seed=cfg.seed, model=model, optimizers=optimizer, schedulers=scheduler, algorithms=algorithms, callbacks=callbacks, loggers=loggers,
@@ -213,6 +214,17 @@ def build_trainer(
         )  # fmt: skip
     _restore_rng_in_mid_epoch(trainer)
     return trainer
+
+
+@contextlib.contextmanager
+def _metadata_for_sharded_checkpoints(cfg: TrainConfig, model: Any) -> Iterator[None]:
+    """Around the Trainer's construction, which loads: no metadata in the state until then, text after it (see ``BaseHuggingFaceModel.get_metadata``)."""
+    sharded = _save_names(cfg).sharded
+    if sharded:
+        model.metadata_form = 'none'
+    yield
+    if sharded:
+        model.metadata_form = 'text'
 
 
 def _restore_rng_in_mid_epoch(trainer: Trainer) -> None:

@@ -1,0 +1,112 @@
+"""Sharded checkpoints of two ranks: small, resumed to the last bit and exported, also those whose metadata is in Composer's own form."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmfoundry.checkpoint.composer_to_hf import convert_checkpoint
+from llmfoundry.checkpoint.reader import open_checkpoint
+from tests.helpers.small_tokenizer import small_tokenizer_files
+from tests.helpers.train_runs import ROOT, make_data, tiny_config
+from tests.helpers.workspace import command_environment
+
+STEPS, STOPPED_AT = 12, 5
+# Per config: the whole run; a run that stops early; what a kill during the next save leaves; the same command again. The second stopped run saves as Composer would.
+RUN_ALL = """
+import json, shutil, sys
+from pathlib import Path
+from llmfoundry import dist
+from llmfoundry.models.composer_base import BaseHuggingFaceModel
+from tests.helpers.train_runs import run_config, train_losses
+
+def in_composers_form(self):
+    self.metadata_form = 'parsed'
+    return ours(self)
+
+def leave_a_half_written_checkpoint(folder):
+    shutil.copytree(folder / 'ep0-ba5', folder / 'ep0-ba6')
+    (folder / 'ep0-ba6/.metadata').unlink()
+    (folder / 'latest-sharded-rank0').unlink()
+    (folder / 'latest-sharded-rank0').symlink_to('ep0-ba6')
+
+ours, job, losses = BaseHuggingFaceModel.get_metadata, json.load(open(sys.argv[1])), {}
+for name, config in job['configs'].items():
+    folder = Path(job['folder']) / name
+    saving = [f'save_folder={folder}', f'run_name={name}', 'save_interval=5ba']
+    losses[name] = {'whole': train_losses(run_config(config))}
+    BaseHuggingFaceModel.get_metadata = in_composers_form if name == 'composer' else ours
+    losses[name]['stopped'] = train_losses(run_config(config, f'max_duration={job["stopped_at"]}ba', *saving))
+    BaseHuggingFaceModel.get_metadata = ours
+    dist.on_rank_zero(lambda: leave_a_half_written_checkpoint(folder))
+    losses[name]['resumed'] = train_losses(run_config(config, *saving))
+if dist.get_global_rank() == 0:
+    json.dump(losses, open(sys.argv[2], 'w'))
+"""
+
+
+@dataclass(frozen=True)
+class Runs:
+    folder: Path
+    losses: dict[str, dict[str, list[float]]]
+    output: str
+
+
+def _configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """``gpt2``: the shipped tokenizer of 50,257 entries. ``composer``: one of 41, since Composer's form takes long to save."""
+    make_data(folder / 'data')
+    tokenizer = folder / 'tokenizer'
+    tokenizer.mkdir()
+    for name, entry in small_tokenizer_files(41).items():
+        (tokenizer / name).write_text(json.dumps(entry['content']))
+    config = tiny_config(folder / 'data', max_duration=f'{STEPS}ba', fsdp_config={'sharding_strategy': 'FULL_SHARD', 'mixed_precision': 'FULL', 'state_dict_type': 'sharded'})
+    return {'gpt2': config, 'composer': {**config, 'model': {**config['model'], 'vocab_size': 48}, 'tokenizer': {'name': str(tokenizer)}}}
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp('sharded')
+    (folder / 'job.json').write_text(json.dumps({'configs': _configs(folder), 'folder': str(folder), 'stopped_at': STOPPED_AT}))
+    (folder / 'run_all.py').write_text(RUN_ALL)
+    command = [str(Path(sys.executable).parent / 'composer'), '-n', '2', str(folder / 'run_all.py'), str(folder / 'job.json'), str(folder / 'losses.json')]
+    done = subprocess.run(command, cwd=folder, env=command_environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return Runs(folder, json.loads((folder / 'losses.json').read_text()), done.stdout)
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'composer'])
+def test_resumed_equals_uninterrupted(runs: Runs, name: str) -> None:
+    """Stopped in mid-epoch, with dropout and Adam, and with the folder of a checkpoint that was never finished lying in the way."""
+    losses = runs.losses[name]
+    assert len(losses['whole']) == STEPS and len(losses['stopped']) == STOPPED_AT
+    assert losses['stopped'] + losses['resumed'] == losses['whole']
+    assert 'ep0-ba6 is incomplete (its .metadata is missing)' in runs.output
+    assert (runs.folder / name / 'damaged-ep0-ba6').is_dir()
+
+
+def test_the_tokenizer_takes_one_value_per_file(runs: Runs) -> None:
+    """With every entry of the vocabulary as a value of its own, .metadata takes 36 MB."""
+    checkpoint = runs.folder / 'gpt2' / 'ep1-ba12'
+    assert len(list(checkpoint.glob('*.distcp'))) == 2
+    assert (checkpoint / '.metadata').stat().st_size < 200_000
+
+
+def test_export_passes_the_gate(runs: Runs, tmp_path: Path) -> None:
+    report = convert_checkpoint(str(runs.folder / 'gpt2' / 'ep1-ba12'), tmp_path / 'hf')
+    assert report is not None
+    assert json.loads((tmp_path / 'hf/config.json').read_text())['attn_config']['alibi'] is True
+    assert len(json.loads((tmp_path / 'hf/tokenizer.json').read_text())['model']['vocab']) == 50257
+
+
+def test_both_forms_are_read_alike(runs: Runs) -> None:
+    """The resumed run of the second config wrote our form over what it had read in Composer's."""
+    with open_checkpoint(str(runs.folder / 'composer' / 'ep0-ba5')) as old, open_checkpoint(str(runs.folder / 'composer' / 'ep1-ba12')) as new:
+        assert old.huggingface['tokenizer']['tokenizer.json']['content']['model'] == new.huggingface['tokenizer']['tokenizer.json']['content']['model']
+        assert old.class_name == new.class_name == 'MPTForCausalLM'
+        assert old.config['attn_config']['alibi'] is new.config['attn_config']['alibi'] is True
