@@ -11,6 +11,7 @@ import pytest
 
 from llmfoundry.command_utils.data_prep.convert_dataset_json import convert_dataset_json
 from llmfoundry.command_utils.data_prep.progress import Progress, human_bytes, human_time
+from tests.helpers.disks import resize_disk, small_disk
 from tests.helpers.prepared_data import EOS, GPT2, digest, random_texts, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,14 +19,9 @@ SCRIPTS = ROOT / 'scripts' / 'data_prep'
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    folder = tmp_path / 'disk'
-    folder.mkdir()
-    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(folder)], capture_output=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip('a small tmpfs cannot be mounted here (needs root)')
-    yield folder
-    subprocess.run(['umount', str(folder)], check=True)
+def disk(tmp_path):
+    with small_disk(tmp_path / 'disk', '1m') as folder:
+        yield folder
 
 
 def _flags(rows, out):
@@ -37,10 +33,10 @@ def _script(*flags):
 
 
 @pytest.mark.parametrize('inner', ['.', 'sub'], ids=['mount point itself', 'folder in it'])
-def test_full_disk_then_room(tmp_path, small_disk, inner):
+def test_full_disk_then_room(tmp_path, disk, inner):
     rows = write_jsonl(tmp_path / 'rows.jsonl', random_texts(4000))
-    out = small_disk / inner
-    ballast = small_disk / 'ballast' if inner == 'sub' else None
+    out = disk / inner
+    ballast = disk / 'ballast' if inner == 'sub' else None
     if ballast:
         ballast.write_bytes(b'x' * 600_000)
     result = _script(*_flags(rows, out))
@@ -51,7 +47,7 @@ def test_full_disk_then_room(tmp_path, small_disk, inner):
     )
     assert 'Traceback' not in result.stderr
     assert not (out / 'index.json').exists()
-    subprocess.run(['mount', '-o', 'remount,size=64m', str(small_disk)], check=True)
+    resize_disk(disk, '64m')
     if ballast:
         ballast.unlink()
     assert _script(*_flags(rows, out)).returncode == 0
