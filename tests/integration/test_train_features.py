@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.helpers.train_runs import ROOT, make_data, metrics_of, run_config, tiny_config, train_losses
 from tests.helpers.workspace import command_environment
@@ -43,6 +44,20 @@ def test_only_composer_checkpoint(data: Path, tmp_path: Path) -> None:
     trainer = run_config(tiny_config(data, only_composer_checkpoint=True, save_folder=str(tmp_path)))
     assert int(trainer.state.timestamp.batch) == 0
     assert sorted(os.listdir(tmp_path)) == ['ep0-ba0-rank0.pt', 'latest-rank0.pt']
+
+
+def test_only_hf_checkpoint(data: Path, tmp_path: Path) -> None:
+    """The way to export what another run saved: its weights are written, and no step is taken."""
+    run_config(tiny_config(data, save_folder=str(tmp_path / 'ckpt'), max_duration='2ba', save_interval='2ba'))
+    checkpoint = tmp_path / 'ckpt' / 'ep0-ba2-rank0.pt'
+    callback = {'hf_checkpointer': {'save_folder': str(tmp_path / 'hf'), 'save_interval': '1ba'}}
+    trainer = run_config(tiny_config(data, only_hf_checkpoint=True, load_path=str(checkpoint), callbacks=callback))
+    assert int(trainer.state.timestamp.batch) == 2 and train_losses(trainer) == []
+    assert os.listdir(tmp_path / 'hf' / 'huggingface') == ['ba2']
+    written = load_file(tmp_path / 'hf' / 'huggingface' / 'ba2' / 'model.safetensors')
+    saved = torch.load(checkpoint, weights_only=False)['state']['model']
+    assert written.keys() <= {name.removeprefix('model.') for name in saved} and len(written) > 5
+    assert all(torch.equal(weight, saved[f'model.{name}']) for name, weight in written.items())
 
 
 def test_profiler_writes_a_trace(data: Path, tmp_path: Path) -> None:
