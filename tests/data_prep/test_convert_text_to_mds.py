@@ -73,6 +73,22 @@ def test_large_files_are_cut_between_words(texts, tmp_path, monkeypatch, process
     assert np.array_equal(read_tokens(tmp_path / 'out'), expected_tokens(ORDERED, 32))
 
 
+@pytest.mark.parametrize('use_tiktoken', [True, False])
+def test_a_tokenizer_that_adds_bos_and_eos_adds_them_once_per_file(texts, tmp_path, monkeypatch, use_tiktoken):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    from tests.helpers.prepared_data import gpt2_tokenizer
+
+    backend = gpt2_tokenizer()
+    backend.post_processor = TemplateProcessing(single=f'{EOS} $A {EOS} {EOS}', special_tokens=[(EOS, 50256)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, bos_token=EOS)
+    monkeypatch.setattr(readers, 'BLOCK_BYTES', 300)
+    monkeypatch.setattr(readers, '_SAFE_CUT_BYTES', 200)
+    convert(texts, tmp_path / 'out', tokenizer_name=tokenizer, eos_text='', use_tiktoken=use_tiktoken)
+    assert np.array_equal(read_tokens(tmp_path / 'out'), expected_tokens(ORDERED, 32, bos=(50256,), eos=(50256, 50256)))
+
+
 def test_text_without_spaces_is_cut_between_characters(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, 'BLOCK_BYTES', 300)
     monkeypatch.setattr(readers, '_SAFE_CUT_BYTES', 64)

@@ -61,6 +61,7 @@ class Encoder:
         self._engine: Engine | None = None
         self._reference: BackendEngine | None = None
         self._bos = self._eos = np.zeros(0, dtype=TOKEN_DTYPE)
+        self._own_specials = (0, 0)
         self.facts = EncoderFacts('none', '', [], [], False, False)
         if spec.tokenizer is not None:
             self._build(spec, spec.tokenizer)
@@ -68,6 +69,7 @@ class Encoder:
     def _build(self, spec: EncoderSpec, tokenizer: TokenizerSpec) -> None:
         self._engine, self._reference, reason = build_engine(tokenizer, spec.use_tiktoken)
         self._bos, self._eos = (self._engine.encode([text], add_special_tokens=False)[0] for text in (spec.bos_text, spec.eos_text))
+        self._own_specials = _own_specials(self._engine)
         probe = self._engine.encode(['test'])[0].tolist()
         self.facts = EncoderFacts(
             self._engine.name,
@@ -93,6 +95,9 @@ class Encoder:
         parts: list[np.ndarray] = []
         lengths = np.zeros(len(documents), dtype=np.int64)
         for i, (document, tokens) in enumerate(zip(documents, ids, strict=True)):
+            before, after = self._own_specials
+            # A tokenizer that adds special tokens by itself adds them to every piece of a long text; only its first and last piece keep them.
+            tokens = tokens[0 if document.bos else before : len(tokens) - (0 if document.eos else after)]
             around = (self._bos if document.bos else self._bos[:0], tokens, self._eos if document.eos else self._eos[:0])
             parts += around
             lengths[i] = sum(map(len, around))
@@ -106,6 +111,14 @@ class Encoder:
         if number == 0:
             slices += [text[:2048] for text in texts[:32]]
         return difference(self._engine, self._reference, slices)
+
+
+def _own_specials(engine: Engine) -> tuple[int, int]:
+    """How many tokens the tokenizer itself puts before and after a text."""
+    bare, full = (engine.encode(['test'], add_special_tokens=special)[0].tolist() for special in (False, True))
+    starts = range(len(full) - len(bare) + 1)
+    before = next((start for start in starts if full[start : start + len(bare)] == bare), None)
+    return (0, 0) if before is None else (before, len(full) - len(bare) - before)
 
 
 def _send(stream: BinaryIO, message: Any) -> None:
