@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmfoundry import dist, registry
-from llmfoundry.config.batch_size import update_batch_size_info
 from llmfoundry.config.moe_mesh import moe_device_mesh, needs_mesh
 from llmfoundry.config.report import lookup
 from llmfoundry.config.times import parse_time
@@ -55,7 +54,8 @@ def _checkpoint_names(config: Config) -> tuple[Config, Notes]:
 
 
 def _batch_sizes(config: Config) -> tuple[Config, Notes]:
-    updated = update_batch_size_info(config)
+    # From the registry, since a plug-in may have put its own arithmetic (replicated data) in our place.
+    updated = registry.config_transforms.get(BATCH_TRANSFORM)(dict(config))
     notes = []
     asked = config.get('device_train_microbatch_size', 'auto')
     if asked != 'auto' and updated['device_train_microbatch_size'] != asked:

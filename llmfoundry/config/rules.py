@@ -5,6 +5,8 @@ Each takes the config without the values that are already known to be wrong, not
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -78,6 +80,8 @@ def eval_loader_lists_have_labels(config: Config, report: Report) -> None:
             label = item.get('label') if isinstance(item, Mapping) else None
             if label is None:
                 report.add((key, str(index), 'label'), 'missing: each element of a list of evaluation loaders needs a label, which names its metrics eval/<label>')
+            elif not isinstance(label, str):
+                report.add((key, str(index), 'label'), f'must be text, got {label!r}')
             elif label in labels:
                 report.add((key, str(index), 'label'), f'{label!r} is the label of element {labels[label]} too; labels must differ')
             else:
@@ -131,11 +135,18 @@ def tensor_parallelism_excludes_experts(config: Config, report: Report) -> None:
 
 
 def autoresume_needs_names(config: Config, report: Report) -> None:
-    """Resuming finds its checkpoint by run name and folder."""
+    """Resuming finds its checkpoint by run name (or the variable RUN_NAME, which fills it in) and folder."""
     if config.get('autoresume'):
         for key in ('run_name', 'save_folder'):
-            if config.get(key) is None:
+            if config.get(key) is None and not (key == 'run_name' and os.environ.get('RUN_NAME')):
                 report.add('autoresume', f'needs {key}, to find the newest checkpoint of this run')
+
+
+def log_level_exists(config: Config, report: Report) -> None:
+    """The log level is one of Python's, in any case."""
+    level = config.get('python_log_level')
+    if isinstance(level, str) and not isinstance(logging.getLevelName(level.upper()), int):
+        report.add('python_log_level', f"expected one of 'debug', 'info', 'warning', 'error', 'critical', got {level!r}")
 
 
 def single_checkpoint_modes(config: Config, report: Report) -> None:
@@ -223,7 +234,7 @@ def gauntlet_is_consistent(config: Config, report: Report) -> None:
 
 _RULES: tuple[Callable[[Config, Report], None], ...] = (
     times_are_times, batch_sizes_fit, auto_microbatch_excludes_profiler, eval_loader_lists_have_labels, one_of_two_spellings, t5_limits, no_training_in_8bit,
-    megablocks_need_original_parameters, experts_cover_the_ranks, tensor_parallelism_excludes_experts, autoresume_needs_names, single_checkpoint_modes, datasets_name_their_data,
+    megablocks_need_original_parameters, experts_cover_the_ranks, tensor_parallelism_excludes_experts, autoresume_needs_names, log_level_exists, single_checkpoint_modes, datasets_name_their_data,
     worker_counts, warmup_fits, optimizer_ranges, metadata_keys_are_free, mpt_block_is_consistent, gauntlet_is_consistent,
 )  # fmt: skip
 

@@ -42,6 +42,7 @@ def test_run_name_from_the_environment_counts_for_autoresume(tmp_path: Path, mon
     assert (config.run_name, config.autoresume) == ('night-3', True)
     assert 'run_name: night-3 (from the variable RUN_NAME)' in config.notes
     assert load_train_config(write(tmp_path), ['run_name=mine']).run_name == 'mine'
+    assert load_train_config(write(tmp_path), ['save_folder=out', 'autoresume=true']).run_name == 'night-3'
 
 
 @pytest.mark.parametrize(('override', 'latest'), [('seed=1', 'latest-rank{rank}.pt'), ('fsdp_config.state_dict_type=sharded', 'latest-sharded-rank{rank}'), ('save_latest_filename=l', 'l')])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmfoundry import registry
+from llmfoundry.config.batch_size import calculate_batch_size_info, update_config_with_batch_size_info
 from llmfoundry.config.load import load_train_config
 from llmfoundry.config.schema import train_schema
 from llmfoundry.errors import ConfigError
@@ -93,6 +94,15 @@ def test_config_transforms_run_before_keys_are_checked(tmp_path: Path) -> None:
 
     registry.config_transforms.register('fold_platform_keys', func=fold_platform_keys)
     assert load_train_config(write(tmp_path), ['platform_id=7']).metadata == {'platform': 7}
+
+
+def test_a_plug_in_may_replace_the_batch_arithmetic(tmp_path: Path) -> None:
+    def replicated(config: dict) -> dict:
+        return update_config_with_batch_size_info(config, *calculate_batch_size_info(config['global_train_batch_size'], 1, 2, world_size=2))
+
+    registry.config_transforms.register('update_batch_size_info', func=replicated)
+    config = load_train_config(write(tmp_path))
+    assert (config.device_train_batch_size, config.device_train_microbatch_size, config.device_train_grad_accum) == (4, 1, 4)
 
 
 def test_a_failing_transform_is_one_of_the_problems(tmp_path: Path) -> None:

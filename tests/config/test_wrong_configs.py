@@ -66,6 +66,9 @@ CASES: list[tuple[str, Edits, tuple[str, ...], list[str]]] = [
     ('number in quotes', (('  lr: 6e-4', "  lr: '6e-4'"),), (), [
         "optimizer.lr (c.yaml:32): expected a number, got '6e-4' (remove the quotes)",
     ]),
+    ('log level unknown', (), ('python_log_level=trace',), [
+        "python_log_level (command line): expected one of 'debug', 'info', 'warning', 'error', 'critical', got 'trace'",
+    ]),
     ('bool expected', (), ('save_overwrite=sure',), [
         "save_overwrite (command line): expected true or false, got 'sure'",
     ]),
@@ -277,7 +280,7 @@ CASES: list[tuple[str, Edits, tuple[str, ...], list[str]]] = [
 
 
 def test_table_is_long() -> None:
-    assert len(CASES) == 84
+    assert len(CASES) == 85
 
 
 @pytest.mark.parametrize(('edits', 'overrides', 'expected'), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
