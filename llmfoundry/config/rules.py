@@ -41,6 +41,9 @@ def times_are_times(config: Config, report: Report) -> None:
         problem = time_problem(config.get(key))
         if problem:
             report.add(key, problem)
+    console = parse_time(config.get('console_log_interval'))
+    if console is not None and (console.value < 1 or console.unit not in ('ep', 'ba')):
+        report.add('console_log_interval', f"must be at least 1 and in epochs or batches ('1ep', '1ba'), got {config['console_log_interval']!r}")
     duration = parse_time(config.get('max_duration'))
     if duration is not None and (duration.value <= 0 or duration.unit == 'dur'):
         report.add('max_duration', f"must be a positive time in a unit other than 'dur', got {config['max_duration']!r}")
@@ -149,6 +152,24 @@ def log_level_exists(config: Config, report: Report) -> None:
         report.add('python_log_level', f"expected one of 'debug', 'info', 'warning', 'error', 'critical', got {level!r}")
 
 
+def gradient_clipping_has_a_kind(config: Config, report: Report) -> None:
+    """Composer looks at the kind of clipping only after the first backward pass."""
+    kind = lookup(config, 'algorithms.gradient_clipping.clipping_type')
+    if kind is not None and kind not in ('norm', 'value', 'adaptive'):
+        report.add('algorithms.gradient_clipping.clipping_type', f"expected one of 'norm', 'value', 'adaptive', got {kind!r}")
+    elif kind == 'adaptive' and config.get('fsdp_config') is not None and dist.get_world_size() > 1:
+        report.add('algorithms.gradient_clipping.clipping_type', "'adaptive' needs whole parameters, which fsdp_config shards; use 'norm' or 'value'")
+
+
+def seed_and_timeout_ranges(config: Config, report: Report) -> None:
+    """The seed is one that numpy takes, and the timeout leaves time."""
+    seed, timeout = config.get('seed'), config.get('dist_timeout')
+    if seed is not None and not 0 <= seed < 2**32:
+        report.add('seed', f'must lie in 0 ... 2**32 - 1, got {seed}')
+    if timeout is not None and timeout <= 0:
+        report.add('dist_timeout', f'must be a positive number of seconds, got {timeout}')
+
+
 def single_checkpoint_modes(config: Config, report: Report) -> None:
     """The modes that write one checkpoint and stop need what writes it, and exclude each other."""
     callbacks = config.get('callbacks') or {}
@@ -235,7 +256,7 @@ def gauntlet_is_consistent(config: Config, report: Report) -> None:
 _RULES: tuple[Callable[[Config, Report], None], ...] = (
     times_are_times, batch_sizes_fit, auto_microbatch_excludes_profiler, eval_loader_lists_have_labels, one_of_two_spellings, t5_limits, no_training_in_8bit,
     megablocks_need_original_parameters, experts_cover_the_ranks, tensor_parallelism_excludes_experts, autoresume_needs_names, log_level_exists, single_checkpoint_modes, datasets_name_their_data,
-    worker_counts, warmup_fits, optimizer_ranges, metadata_keys_are_free, mpt_block_is_consistent, gauntlet_is_consistent,
+    gradient_clipping_has_a_kind, seed_and_timeout_ranges, worker_counts, warmup_fits, optimizer_ranges, metadata_keys_are_free, mpt_block_is_consistent, gauntlet_is_consistent,
 )  # fmt: skip
 
 

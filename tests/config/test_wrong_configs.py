@@ -69,6 +69,16 @@ CASES: list[tuple[str, Edits, tuple[str, ...], list[str]]] = [
     ('log level unknown', (), ('python_log_level=trace',), [
         "python_log_level (command line): expected one of 'debug', 'info', 'warning', 'error', 'critical', got 'trace'",
     ]),
+    ('console interval in tokens', (), ('console_log_interval=1000tok',), [
+        "console_log_interval (command line): must be at least 1 and in epochs or batches ('1ep', '1ba'), got '1000tok'",
+    ]),
+    ('kind of clipping unknown', (('    clipping_type: norm', '    clipping_type: norms'),), (), [
+        "algorithms.gradient_clipping.clipping_type (c.yaml:36): expected one of 'norm', 'value', 'adaptive', got 'norms'",
+    ]),
+    ('seed and timeout out of range', (), ('seed=-1', 'dist_timeout=0'), [
+        'seed (command line): must lie in 0 ... 2**32 - 1, got -1',
+        'dist_timeout (command line): must be a positive number of seconds, got 0',
+    ]),
     ('bool expected', (), ('save_overwrite=sure',), [
         "save_overwrite (command line): expected true or false, got 'sure'",
     ]),
@@ -280,7 +290,7 @@ CASES: list[tuple[str, Edits, tuple[str, ...], list[str]]] = [
 
 
 def test_table_is_long() -> None:
-    assert len(CASES) == 85
+    assert len(CASES) == 88
 
 
 @pytest.mark.parametrize(('edits', 'overrides', 'expected'), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
