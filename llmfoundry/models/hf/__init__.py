@@ -10,5 +10,5 @@ __getattr__, __dir__, __all__ = lazy_exports(
         'BaseHuggingFaceModel': 'llmfoundry.models.composer_base',
         'ComposerHFCausalLM': 'llmfoundry.models.hf.causal_lm',
     },
-    ('hf_base', 'hf_causal_lm'),
+    ('hf_base', 'hf_causal_lm', 'hf_fsdp'),
 )

@@ -72,8 +72,8 @@ def _is_layer(model: nn.Module, module: nn.Module) -> bool:
 
 
 def _init_module(model: Any, module: nn.Module) -> None:
-    # Older transformers leave RMS norms out of _init_weights; after to_empty they would hold arbitrary memory.
+    # Older transformers leave RMS norms out of _init_weights; after to_empty they would hold arbitrary memory. A model whose norms
+    # start elsewhere (Gemma scales by 1 + weight, so its weights start at 0) sets them itself afterwards.
     if 'RMSNorm' in type(module).__name__ and getattr(module, 'weight', None) is not None:
         nn.init.ones_(module.weight)
-        return
     model._init_weights(module)

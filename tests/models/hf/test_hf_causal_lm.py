@@ -142,6 +142,19 @@ def test_fsdp_wraps_and_checkpoints_layers(architecture: str, tmp_path: Path) ->
     assert [m for m in model.modules() if model.fsdp_wrap_fn(m)] == list(layers) == [m for m in model.modules() if model.activation_checkpointing_fn(m)]
 
 
+@pytest.mark.parametrize(('architecture', 'start'), [('llama', 1.0), ('gemma2', 0.0)])
+def test_norms_of_meta_models_start_where_their_own_class_starts_them(architecture: str, start: float, tmp_path: Path) -> None:
+    # Gemma scales by 1 + weight: ones would double every activation.
+    from llmfoundry.models.hf import hf_fsdp
+
+    model = build(tmp_path, architecture).model
+    hf_fsdp.prepare_hf_model_for_fsdp(model)
+    norm = model.model.norm
+    torch.nn.init.constant_(norm.weight, float('nan'))
+    model.param_init_fn(norm)
+    assert torch.equal(norm.weight, torch.full((16,), start))
+
+
 def test_unconventional_names_are_reported_when_sharding() -> None:
     with pytest.raises(ValueError, match='Linear: cannot find its decoder layers'):
         find_decoder_layers(torch.nn.Linear(2, 2))
