@@ -49,3 +49,18 @@ def test_full_in_mid_training_then_room(data: Path, disk: Path, tmp_path: Path) 
     before = losses_in(tmp_path / 'run')
     resumed = train_losses(run_config(config))
     assert len(resumed) == 4 and resumed[0] == before[2]
+
+
+def test_full_while_two_ranks_save_shards(data: Path, disk: Path, tmp_path: Path) -> None:
+    """Every rank says the same, although the write of one has failed, and the unfinished folder is gone."""
+    sharded = {'state_dict_type': 'sharded', 'mixed_precision': 'FULL'}
+    config = tiny_config(data, run_name='r', save_folder=str(disk / 'ckpt'), save_interval='2ba', fsdp_config=sharded)
+    resize_disk(disk, '20m')
+    assert start_training(config, tmp_path / 'run', ranks=2).wait(300) != 0
+    out = (tmp_path / 'run' / 'out.txt').read_text()
+    assert re.search(
+        r"ERROR \(rank [01]\): CheckpointError\nsave_folder: the checkpoint '.*ep0-ba4' could not be written.*: OSError: \[Errno 28\] No space left on device\. Earlier checkpoints are", out,
+    ), out[-3000:]
+    assert 'Traceback' not in out
+    assert sorted(p.name for p in (disk / 'ckpt').iterdir()) == ['ep0-ba2', 'latest-sharded-rank0']
+    assert incomplete_reason(disk / 'ckpt' / 'latest-sharded-rank0') is None
