@@ -161,6 +161,18 @@ def _flags(texts, out, *extra):
     return ['--input_folder', str(texts), '--output_folder', str(out), '--concat_tokens', '32', '--tokenizer', GPT2, '--processes', '1', *extra]
 
 
+def test_a_skipped_piece_of_a_file_does_not_take_its_separator_along(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, 'BLOCK_BYTES', 300)
+    monkeypatch.setattr(readers, '_SAFE_CUT_BYTES', 100)
+    (tmp_path / 'in').mkdir()
+    (tmp_path / 'in' / 'a.txt').write_bytes(b'word ' * 100 + b'\xff')
+    (tmp_path / 'in' / 'b.txt').write_text('other', encoding='utf-8')
+    convert(tmp_path / 'in', tmp_path / 'out', concat_tokens=1, bos_text='X', on_bad_row='skip')
+    tokens = read_tokens(tmp_path / 'out').ravel().tolist()
+    assert tokens.count(50256) == 2 and tokens[-4:-2] == [50256, 55]
+    assert tokens.count(55) == 2 and tokens[0] == 55
+
+
 def test_command_line(texts, tmp_path, capsys):
     out = tmp_path / 'out'
     main(_flags(texts, out, '--use_tokenizer_eos'))

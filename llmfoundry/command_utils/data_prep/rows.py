@@ -129,7 +129,9 @@ def _from_text(segment: Segment) -> tuple[list[Document], list[BadRow]]:
         text = segment.data.decode('utf-8')
     except UnicodeDecodeError as e:
         message = f'not UTF-8 (byte 0x{segment.data[e.start]:02x}, {segment.first - 1 + e.start} bytes into the file)'
-        return [], [BadRow(segment.file, None, message)]
+        # Other pieces of the file may be kept already: its separators stay, so that it does not run into its neighbours.
+        empty = [] if segment.starts and segment.ends else [Document('', segment.starts, segment.ends)]
+        return empty, [BadRow(segment.file, None, message)]
     return [Document(text, segment.starts, segment.ends)], []
 
 
