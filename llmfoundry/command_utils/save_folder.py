@@ -16,6 +16,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmfoundry import dist
 from llmfoundry.callbacks.checkpoint_saver import INCOMPLETE_PREFIX
 from llmfoundry.errors import ConfigError, ConfigProblem
 
@@ -36,10 +37,16 @@ class SaveNames:
 
 
 def local_folder(save_folder: str | None, run_name: str | None) -> Path | None:
-    """The folder as a path with ``{run_name}`` filled in; None when there is none or it is remote."""
-    if save_folder is None or '://' in save_folder:
+    """The folder of this rank as a path with Composer's fields filled in; None when there is none or it is remote (``s3://...``, also ``dbfs:/...``)."""
+    if save_folder is None or '://' in save_folder or save_folder.startswith('dbfs:/'):
         return None
-    return Path(save_folder.replace('{run_name}', run_name or ''))
+    fields = {
+        'run_name': run_name or '', 'rank': dist.get_global_rank(), 'local_rank': dist.get_local_rank(), 'node_rank': dist.get_node_rank(),
+        'world_size': dist.get_world_size(), 'local_world_size': dist.get_local_world_size(),
+    }  # fmt: skip
+    for name, value in fields.items():
+        save_folder = save_folder.replace(f'{{{name}}}', str(value))
+    return Path(save_folder)
 
 
 def prepare_save_folder(folder: Path, names: SaveNames, *, overwrite: bool, may_resume: bool) -> None:

@@ -30,7 +30,9 @@ def _link(folder: Path, target: str) -> Path:
 
 def test_local_folder() -> None:
     assert local_folder('a/{run_name}/b', 'r1') == Path('a/r1/b')
+    assert local_folder('{run_name}-{world_size}/rank{rank}', 'r1') == Path('r1-1/rank0')
     assert local_folder('s3://bucket/{run_name}', 'r1') is None
+    assert local_folder('dbfs:/Volumes/a/{run_name}', 'r1') is None
     assert local_folder(None, None) is None
 
 
