@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from llmfoundry.checkpoint.composer_to_hf import convert_checkpoint
 from llmfoundry.checkpoint.reader import open_checkpoint
+from llmfoundry.tokenizers.build import build_tokenizer
 from tests.helpers.small_tokenizer import small_tokenizer_files
 from tests.helpers.train_runs import ROOT, make_data, tiny_config
 from tests.helpers.workspace import command_environment
@@ -101,7 +103,9 @@ def test_export_passes_the_gate(runs: Runs, tmp_path: Path) -> None:
     report = convert_checkpoint(str(runs.folder / 'gpt2' / 'ep1-ba12'), tmp_path / 'hf')
     assert report is not None
     assert json.loads((tmp_path / 'hf/config.json').read_text())['attn_config']['alibi'] is True
-    assert len(json.loads((tmp_path / 'hf/tokenizer.json').read_text())['model']['vocab']) == 50257
+    shipped, exported = build_tokenizer('llmfoundry://gpt2', {}), AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    assert exported.get_vocab() == shipped.get_vocab() and exported.special_tokens_map == shipped.special_tokens_map
+    assert exported('It is a truth universally acknowledged').input_ids == shipped('It is a truth universally acknowledged').input_ids
 
 
 def test_both_forms_are_read_alike(runs: Runs) -> None:
