@@ -53,8 +53,8 @@ def dataset_keys() -> set[str]:
 class StreamingTextDataset(StreamingDataset):
     """Samples of ``max_seq_len`` tokens from MDS shards.
 
-    A sample is ``{'input_ids', 'attention_mask'}``, int64 tensors ``(max_seq_len,)``. The column ``tokens`` holds ids (an ndarray, or bytes of ``token_encoding_type``) and is cut to ``max_seq_len``;
-    without it, the column ``text`` is tokenised, truncated and padded.
+    A sample is ``{'input_ids', 'attention_mask'}``, int64 tensors ``(max_seq_len,)``. The column ``text``, if there is one, is tokenised, truncated and padded;
+    otherwise the column ``tokens`` holds ids (an ndarray, or bytes of ``token_encoding_type``) and is cut to ``max_seq_len``.
 
     Args:
         tokenizer: tokenises ``text``, and bounds the ids of ``tokens``.
