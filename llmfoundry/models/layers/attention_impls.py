@@ -64,8 +64,9 @@ def _flash_version() -> version.Version | None:
         return None
     try:
         return version.parse(importlib.import_module('flash_attn').__version__)
-    except (ImportError, AttributeError):
-        # An undefined symbol: the wheel was built for another torch.
+    except (ImportError, AttributeError) as e:
+        # An undefined symbol: the wheel was built for another torch. Said apart, since "not installed" would send its owner looking in the wrong place.
+        _say_once(f'flash-attn is installed but cannot be imported ({e}); it was probably built for another torch. Reinstall it for torch {torch.__version__}.')
         return None
 
 

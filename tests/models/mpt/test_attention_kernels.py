@@ -236,6 +236,18 @@ def test_flash_library_gets_what_it_documents(case: str, alibi: bool, monkeypatc
     torch.testing.assert_close(got * where, want * where, atol=2e-6, rtol=0)
 
 
+def test_a_broken_flash_attn_is_told_apart_from_a_missing_one(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    (tmp_path / 'flash_attn.py').write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(attention_impls, '_said', set())
+    attention_impls._flash_version.cache_clear()
+    try:
+        assert not attention_impls.is_flash_v2_installed()
+    finally:
+        attention_impls._flash_version.cache_clear()
+    assert 'flash-attn is installed but cannot be imported (undefined symbol: _ZN3c10); it was probably built for another torch' in caplog.text
+
+
 def test_fallback_says_so_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_impls, '_said', set())
     monkeypatch.setattr(attention_impls, '_flash_version', lambda: None)
