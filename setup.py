@@ -1,8 +1,10 @@
 """Packaging metadata of LLM Foundry.
 
 Version bounds follow what resolves with plain ``pip install -e .`` on Python 3.10-3.12. Three of them are traps worth knowing:
-Streaming caps ``transformers<5``; ``mosaicml[nlp]`` caps it lower still, so Composer's own extras are never requested; a lower bound on
-``datasets`` stops the resolver from falling back to a release of 2023 when an MLflow extra is asked for.
+the caps on torch and transformers repeat those of Composer and Streaming, since pip, where it has to open a wheel to read its requirements, would
+otherwise download the newest torch and some fifty releases of transformers before it learns of them (requirements/modern.txt goes beyond them,
+with ``--no-deps``); ``mosaicml[nlp]`` caps transformers lower still, so Composer's own extras are never requested; a lower bound on ``datasets``
+stops the resolver from falling back to a release of 2023 when an MLflow extra is asked for.
 """
 
 import os
@@ -23,8 +25,8 @@ VERSION = re.search(r"__version__ = '([^']+)'", _read('llmfoundry/_version.py'))
 install_requires = [
     'mosaicml>=0.32.1,<0.33',
     'mosaicml-streaming>=0.13,<0.14',
-    'torch>=2.7,<3',
-    'transformers>=4.51,<6',
+    'torch>=2.7,<2.7.1',
+    'transformers>=4.51,<5',
     'omegaconf>=2.3,<3',
     'datasets>=3',
     'zstandard>=0.19',

@@ -91,11 +91,15 @@ def write_model_code(folder: Path) -> list[Path]:
 def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of an export: any device, any number of processes, code beside it.
 
-    ``attn_impl`` becomes torch, ``init_device`` cpu, ``moe_world_size`` 1; process groups and device meshes are dropped.
+    ``attn_impl`` becomes torch, ``init_device`` cpu, ``moe_world_size`` 1; process groups and device meshes are dropped. An ``attn_pdrop`` of 0.0
+    becomes 0: the strict ``MptConfig`` of transformers 5, through which ``AutoTokenizer`` goes where remote code is not trusted, takes only an int.
     """
     exported = copy.deepcopy(dict(config))
     exported.update(init_device='cpu', auto_map=dict(AUTO_MAP), architectures=['MPTForCausalLM'], model_type='mpt')
-    exported.setdefault('attn_config', {})['attn_impl'] = 'torch'
+    attn_config = exported.setdefault('attn_config', {})
+    attn_config['attn_impl'] = 'torch'
+    if attn_config.get('attn_pdrop') == 0:
+        attn_config['attn_pdrop'] = 0
     ffn_config = exported.get('ffn_config') or {}
     if 'moe_world_size' in ffn_config:
         ffn_config['moe_world_size'] = 1

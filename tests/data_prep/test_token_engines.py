@@ -165,17 +165,21 @@ def test_unknown_tokenizer_is_one_clear_error(tmp_path):
         describe_tokenizer('/no/such')
 
 
-def test_a_tokenizer_written_in_python_gives_the_same_ids():
+def test_a_tokenizer_written_in_python_gives_the_same_ids(tmp_path):
+    from transformers import ByT5Tokenizer
+
     from llmfoundry.command_utils.data_prep.pool import WorkerPool
     from llmfoundry.command_utils.data_prep.rows import Segment
     from llmfoundry.command_utils.data_prep.worker import EncoderSpec
 
-    spec = describe_tokenizer('llmfoundry://gpt2', {'use_fast': False})
+    tokenizer = ByT5Tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    spec = describe_tokenizer(str(tmp_path))
     assert spec.backend is None
     texts = random_texts(30)
-    with WorkerPool(EncoderSpec(spec, eos_text='<|endoftext|>'), 1) as pool:
+    with WorkerPool(EncoderSpec(spec, eos_text='</s>'), 1) as pool:
         assert pool.facts()[:2] == ('python', 'the tokenizer is written in Python')
         [(_, encoded)] = pool.map([(0, [Segment('rows', 'f', 1, texts)])])
-    tokenizer = gpt2_tokenizer()
-    expected = [i for text in texts for i in [*tokenizer.encode(text).ids, 50256]]
+    eos = tokenizer.eos_token_id  # once as the text that ends a document, once because this tokenizer adds it to every text
+    expected = [i for text in texts for i in [*(byte + 3 for byte in text.encode()), eos, eos]]
     assert np.frombuffer(encoded.data, '<i4').tolist() == expected
