@@ -44,7 +44,8 @@ def check_local_folder(local: str, split: str | None) -> str:
     folder = os.path.join(local, split) if split else local
     if not os.path.isdir(folder):
         names = sorted(entry.name for entry in os.scandir(local) if entry.is_dir())
-        near = difflib.get_close_matches(str(split), names, 1)
+        # Below the usual 0.6, so that `val` finds `val_small`.
+        near = difflib.get_close_matches(str(split), names, 1, cutoff=0.5)
         hint = f'; did you mean split: {near[0]}?' if near else ''
         raise DataError(f'local directory does not contain split {split!r}: its sub-folders are {_listing(names)}{hint}', file=local)
     return folder

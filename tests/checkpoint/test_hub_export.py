@@ -116,6 +116,8 @@ def test_config_for_any_machine() -> None:
     config = portable_config(trained)
     assert config['init_device'] == 'cpu' and config['attn_config'] == {'attn_impl': 'torch', 'alibi': True}
     assert config['ffn_config'] == {'ffn_type': 'mb_dmoe', 'moe_world_size': 1, 'moe_top_k': 2}
+    dropout = portable_config({'attn_config': {'attn_pdrop': 0.0}})['attn_config']['attn_pdrop']
+    assert type(dropout) is int, 'a float is refused by the strict MptConfig of transformers 5'
     assert trained['attn_config']['attn_impl'] == 'flash' and trained['ffn_config']['moe_world_size'] == 8
 
 
