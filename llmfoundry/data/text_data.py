@@ -28,7 +28,7 @@ from llmfoundry.data.shm_hygiene import SharedFailure, exclusive_start
 from llmfoundry.data.text_collators import ConcatenatedSequenceCollatorWrapper, build_text_collator
 from llmfoundry.errors import ConfigError, ConfigProblem, DataError, NotEnoughDatasetSamplesError
 from llmfoundry.registry import collators, construct_from_registry, data_specs, dataset_replication_validators
-from llmfoundry.tokenizers.build import build_tokenizer
+from llmfoundry.tokenizers.build import build_tokenizer, num_token_ids
 
 __all__ = ['ConcatenatedSequenceCollatorWrapper', 'StreamingTextDataset', 'SUPPORTED_MDS_ENCODING_TYPES', 'build_text_collator', 'build_text_dataloader']
 
@@ -93,7 +93,7 @@ class StreamingTextDataset(StreamingDataset):
         self.tokenizer = tokenizer
         self.max_seq_len = int(max_seq_len)
         self.token_encoding_type = token_encoding_type
-        self._vocab_size = len(tokenizer)
+        self._vocab_size = num_token_ids(tokenizer)
         self._hash_checked: set[int] = set()
         self._size_checked: set[int] = set()
         sources = [(s._local, s.remote, s.split or arguments.get('split')) for s in streams or ()] or [(local, remote, arguments.get('split'))]

@@ -9,6 +9,7 @@ mean over the tokens of the global batch.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 from typing import Any, Iterator, Literal, Mapping, Sequence
@@ -126,6 +127,8 @@ class BaseHuggingFaceModel(composer_hf.HuggingFaceModel):
             batch: ``input_ids`` (batch, seq) and what else the model's forward takes; other keys are left out.
         """
         inputs = {key: value for key, value in batch.items() if key in self.model_forward_args}
+        if 'sequence_id' in batch and 'sequence_id' not in inputs:
+            _warn_about_packing(type(self.model).__name__)
         if inputs.get('labels') is not None:
             return self.model(**inputs, loss_fn=self.loss_fn)
         return self.model(**inputs)
@@ -171,6 +174,15 @@ class BaseHuggingFaceModel(composer_hf.HuggingFaceModel):
     def _logits(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """(batch, seq, vocab) logits by a pass of their own."""
         return self.forward({key: value for key, value in batch.items() if key != 'labels'})['logits']
+
+
+@functools.cache
+def _warn_about_packing(model_name: str) -> None:
+    """Once per model class: silence here would be a loss that looks right and is not what the user asked for."""
+    log.warning(
+        f'{model_name} takes no sequence_id: documents that share a row attend to each other, although eos_token_id or bos_token_id of the dataset marks where they end. '
+        'Use mpt_causal_lm with attn_config.attn_uses_sequence_id: true to keep them apart, or drop the id to say that this is wanted.',
+    )
 
 
 def _needs_logits(metric: Metric) -> bool:

@@ -20,7 +20,7 @@ from llmfoundry.registry import construct_from_registry, tokenizers
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ['SHIPPED_SCHEME', 'build_tokenizer', 'check_vocab', 'shipped_tokenizers']
+__all__ = ['SHIPPED_SCHEME', 'build_tokenizer', 'check_vocab', 'num_token_ids', 'shipped_tokenizers']
 
 SHIPPED_SCHEME = 'llmfoundry://'
 _ASSETS = Path(__file__).resolve().parent.parent / 'assets'
@@ -68,6 +68,11 @@ def build_tokenizer(tokenizer_name: str, tokenizer_kwargs: Mapping[str, Any] | N
     return tokenizer
 
 
+def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Highest token id + 1, which is more than ``len(tokenizer)`` where the ids have gaps."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+
+
 def check_vocab(tokenizer: PreTrainedTokenizerBase, vocab_size: int, name: str | None = None) -> None:
     """Checks that every token id has a row in the model's embedding.
 
@@ -79,7 +84,7 @@ def check_vocab(tokenizer: PreTrainedTokenizerBase, vocab_size: int, name: str |
     Raises:
         ConfigError: (a ValueError) the vocabulary is smaller than the tokenizer.
     """
-    num_tokens = len(tokenizer)
+    num_tokens = num_token_ids(tokenizer)
     if vocab_size < num_tokens:
         name = name or _display_name(tokenizer)
         # Matrix products are fastest when the dimension is a multiple of 128.

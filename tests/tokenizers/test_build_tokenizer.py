@@ -134,3 +134,20 @@ def test_local_processes_take_turns_and_a_killed_one_leaves_nothing(tmp_path: Pa
     finally:
         holder.kill()
         waiting.kill()
+
+
+def test_ids_with_gaps_count_up_to_the_highest() -> None:
+    """A vocabulary of 3 tokens whose highest id is 9 needs 10 embeddings, and data may hold the id 9."""
+
+    class Gapped:
+        name_or_path = 'gapped'
+
+        def __len__(self) -> int:
+            return 3
+
+        def get_vocab(self) -> dict[str, int]:
+            return {'a': 0, 'b': 1, 'c': 9}
+
+    check_vocab(Gapped(), 10)
+    with pytest.raises(ConfigError, match='9 is smaller than the 10 tokens of the tokenizer'):
+        check_vocab(Gapped(), 9)

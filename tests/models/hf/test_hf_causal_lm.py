@@ -57,6 +57,15 @@ def test_a_step_of_the_trainer_is_the_token_mean(architecture: str, microbatch: 
     assert found['metrics']['LanguageCrossEntropy'] == pytest.approx(expected, rel=1e-6)
 
 
+def test_packed_documents_that_the_model_cannot_keep_apart_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, batch = build(tmp_path), batch_of()
+    batch['sequence_id'] = torch.zeros_like(batch['input_ids'])
+    with caplog.at_level(logging.WARNING):
+        model(batch)
+        model(batch)
+    assert caplog.text.count('LlamaForCausalLM takes no sequence_id: documents that share a row attend to each other') == 1
+
+
 def test_an_unknown_scaling_falls_back_to_the_models_own_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Without this check a model with a scale that we do not know would train on another loss than its own, silently."""
     monkeypatch.setattr(fused_head, '_logit_scale', lambda config: None)
