@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shutil
@@ -43,6 +44,9 @@ _BLOCK = re.compile(rf'^(\d{{6}})_({"|".join(SHM_TO_CLEAN)})$')
 _OWNER_FILE = 'owner.json'
 # Long enough for any start on a busy node; after it two jobs may, at worst, race for the same number, and Streaming then says so.
 _LOCK_TIMEOUT_S = 60.0
+_WORKER_EXIT_TIMEOUT_S = 5.0
+# A folder without owner file is either being made, which takes milliseconds, or was left by a worker that outlived its parent.
+_OWNERLESS_AGE_S = 600.0
 
 
 @dataclass
@@ -100,6 +104,10 @@ def clean_dead_runs() -> list[int]:
             shutil.rmtree(owner_file.parent, ignore_errors=True)
         finally:
             os.close(fd)
+    for folder in runs_folder().glob('run-*'):
+        with contextlib.suppress(OSError):
+            if not (folder / _OWNER_FILE).exists() and time.time() - folder.stat().st_mtime > _OWNERLESS_AGE_S:
+                shutil.rmtree(folder, ignore_errors=True)
     if freed:
         log.info('Removed the shared memory of dead runs: %s', ', '.join(f'{p:06d}_*' for p in freed))
     return freed
@@ -228,8 +236,15 @@ def _run_folder(path: str | None) -> RunFolder:
 
 def _remove_at_exit(run: RunFolder) -> None:
     # Runs after Streaming's own exit handlers, which were registered later and have unlinked the blocks by now.
-    if run.pid == os.getpid():
-        shutil.rmtree(run.path, ignore_errors=True)
+    if run.pid != os.getpid():
+        return
+    # Loader workers end after this handler otherwise, and one that takes a file lock then makes the folder anew.
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(_WORKER_EXIT_TIMEOUT_S)
+    shutil.rmtree(run.path, ignore_errors=True)
 
 
 def _reserve_next_prefix(run: RunFolder) -> None:

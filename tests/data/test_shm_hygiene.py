@@ -49,8 +49,21 @@ def blocks(prefix: int) -> set[tuple[str, int]]:
 
 
 def kill_group(job: subprocess.Popen) -> None:
+    """Kills all of a job and waits until all of it is gone: its workers hold the owner's lock, too, and die a moment after their parent."""
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
+    deadline = time.monotonic() + 60
+    while any(is_running_in_group(stat, job.pid) for stat in Path('/proc').glob('[0-9]*/stat')):
+        assert time.monotonic() < deadline, 'processes survived SIGKILL'
+        time.sleep(0.05)
+
+
+def is_running_in_group(stat: Path, group: int) -> bool:
+    try:
+        state, _, process_group = stat.read_text().rpartition(')')[2].split()[:3]
+    except OSError:
+        return False
+    return int(process_group) == group and state not in 'ZX'
 
 
 @pytest.fixture
@@ -119,6 +132,17 @@ def test_the_number_is_recorded_and_the_environment_unchanged(gpt2: Any, shared_
     assert tempfile.tempdir == saved and os.environ['TMPDIR'] == str(runs)
     assert shm_hygiene.clean_dead_runs() == [], 'a live run, this one, is not cleaned'
     assert owner.exists() and blocks(dataset._shm_prefix_int)
+
+
+def test_a_folder_that_lost_its_owner_file_is_removed_when_it_is_old(runs: Path) -> None:
+    """A worker that ends after its parent can put a lock file back into the folder that the parent is removing."""
+    old, young = (shm_hygiene.runs_folder() / name for name in ('run-old', 'run-young'))
+    for folder in (old, young):
+        folder.mkdir(parents=True)
+        (folder / '000001_cache_filelock').touch()
+    os.utime(old, (time.time() - 3600, time.time() - 3600))
+    assert shm_hygiene.clean_dead_runs() == []
+    assert not old.exists() and young.exists()
 
 
 def test_a_failure_is_seen_by_other_processes(tmp_path: Path) -> None:
