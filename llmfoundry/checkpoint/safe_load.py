@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import datetime
+import enum
 import importlib
 import os
 import pathlib
@@ -23,7 +24,7 @@ from torch.torch_version import TorchVersion
 
 from llmfoundry.errors import CheckpointError, UnsafeCheckpointError
 
-__all__ = ['check_extra_classes', 'load_checkpoint_file', 'refused_class', 'safe_classes']
+__all__ = ['check_extra_classes', 'enum_member', 'load_checkpoint_file', 'refused_class', 'safe_classes']
 
 _REFUSED_GLOBAL = re.compile(r'GLOBAL (\S+) was not an allowed global')
 # Training time as callbacks may store it. Allowed when met rather than beforehand, since importing Composer takes longer than reading most checkpoints.
@@ -44,9 +45,21 @@ def _numpy_classes() -> list[Any]:
     return classes
 
 
+def enum_member(cls: Any, name: Any) -> enum.Enum:
+    """Stands in for ``getattr`` while a checkpoint is read: Python before 3.11.4 pickles members of enums as ``getattr(Class, 'NAME')``. The class is on the list, or it would not be here.
+
+    Raises:
+        UnsafeCheckpointError: anything but a member of an enum is asked for, which could reach any code.
+    """
+    if isinstance(cls, type) and issubclass(cls, enum.Enum) and isinstance(name, str) and name in cls.__members__:
+        return cls.__members__[name]
+    raise UnsafeCheckpointError(f'it holds a call of getattr({cls!r}, {name!r}), which no checkpoint needs; it is refused, since reading it would run that code')
+
+
 def safe_classes() -> list[Any]:
     """Everything beyond tensors and plain containers that a Composer checkpoint may hold, in the form of ``torch.serialization.safe_globals``."""
     return [
+        (enum_member, 'builtins.getattr'),
         datetime.timedelta,
         datetime.datetime,
         TorchVersion,
@@ -102,6 +115,8 @@ def load_checkpoint_file(path: str | os.PathLike, extra_classes: Iterable[str] =
     with torch.serialization.safe_globals([*safe_classes(), *check_extra_classes(allowed)]):
         try:
             loaded = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and _is_zip(path))
+        except UnsafeCheckpointError as e:
+            raise UnsafeCheckpointError(f'{path!r}: {e}') from e
         except pickle.UnpicklingError as e:
             refused = refused_class(e)
             if refused in _COMPOSER_CLASSES - allowed:

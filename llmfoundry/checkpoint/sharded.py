@@ -16,7 +16,7 @@ from typing import Any, Iterable
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
-from llmfoundry.checkpoint.safe_load import check_extra_classes, refused_class, safe_classes
+from llmfoundry.checkpoint.safe_load import check_extra_classes, enum_member, refused_class, safe_classes
 from llmfoundry.errors import CheckpointError, UnsafeCheckpointError
 
 __all__ = ['METADATA_FILE', 'ShardedCheckpoint']
@@ -38,6 +38,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Unpickles the classes of a metadata file and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ('builtins', 'getattr'):
+            return enum_member
         ours = module in _ALLOWED_MODULES and name in _ALLOWED_NAMES
         dtype = module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype)
         if ours or dtype or (module, name) in _ALLOWED_OTHERS:

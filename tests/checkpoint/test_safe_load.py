@@ -126,3 +126,27 @@ def test_other_files_are_told_apart(tmp_path: Path) -> None:
         load_checkpoint_file(tmp_path / 'list.pt')
     with pytest.raises(FileNotFoundError, match='No checkpoint file'):
         load_checkpoint_file(tmp_path / 'absent.pt')
+
+
+class _Getattr:
+    """Pickles as a call of ``getattr``, as Python before 3.11.4 pickles members of enums."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> tuple:
+        return getattr, (self.owner, self.name)
+
+
+def test_members_of_enums_load_as_old_pythons_wrote_them(tmp_path: Path) -> None:
+    from composer.core.time import TimeUnit
+
+    torch.save({'state': {'unit': _Getattr(TimeUnit, 'BATCH')}}, tmp_path / 'x.pt')
+    assert load_checkpoint_file(tmp_path / 'x.pt')['state']['unit'] is TimeUnit.BATCH
+
+
+@pytest.mark.parametrize(('owner', 'name'), [(dict, 'fromkeys'), (dict, '__subclasses__')])
+def test_getattr_of_anything_else_is_refused(tmp_path: Path, owner: type, name: str) -> None:
+    torch.save({'state': {'unit': _Getattr(owner, name)}}, tmp_path / 'x.pt')
+    with pytest.raises(UnsafeCheckpointError, match=f"it holds a call of getattr\\(<class 'dict'>, '{name}'\\), which no checkpoint needs"):
+        load_checkpoint_file(tmp_path / 'x.pt')
