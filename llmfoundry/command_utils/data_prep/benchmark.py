@@ -101,7 +101,9 @@ def _run(python: str, code: str, arguments: Sequence[Any], environment: dict[str
     peak = 0
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            [python, '-c', code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=errors, env={**os.environ, **(environment or {})}
+            # Not in the current folder: `python -c` would import the llmfoundry of a checkout there instead of the interpreter's own.
+            [python, '-c', code, *map(str, arguments)], cwd=tempfile.gettempdir(), stdout=subprocess.PIPE, stderr=errors,
+            env={**{k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}, **(environment or {})},
         )
         done = threading.Event()
 
@@ -168,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--folder', default=None, help='where to put temporary files')
     arguments = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix='bench-', dir=arguments.folder) as folder:
+    with tempfile.TemporaryDirectory(prefix='bench-', dir=arguments.folder and os.path.abspath(arguments.folder)) as folder:
         text, size, documents = os.path.join(folder, 'text.jsonl'), 0, 0
         with open(text, 'w', encoding='utf-8') as f:
             for document in corpus(int(arguments.megabytes * 1e6)):
