@@ -23,6 +23,7 @@ from llmfoundry.config.load import load_train_config
 from llmfoundry.config.report import Report
 from llmfoundry.config.rules import check_rules
 from llmfoundry.config.train import TRAIN_CONFIG_KEYS, TrainConfig
+from llmfoundry.loggers.dataset_inputs import log_dataset_uri
 
 __all__ = ['TRAIN_CONFIG_KEYS', 'TrainConfig', 'train', 'train_from_yaml', 'validate_config']
 
@@ -79,6 +80,7 @@ def train(cfg: TrainConfig) -> Trainer:
         return trainer
     if cfg.log_config:
         log_config(trainer.logger, logged_cfg)
+    log_dataset_uri(logged_cfg)
     gc.collect()
     torch.cuda.empty_cache()
     parts.settle_microbatch_size(cfg, trainer)

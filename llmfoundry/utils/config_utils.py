@@ -11,6 +11,7 @@ _NAMES = {
     'TrainConfig': 'llmfoundry.config.train',
     'calculate_batch_size_info': 'llmfoundry.config.batch_size',
     'log_config': 'llmfoundry.command_utils.train',
+    'log_dataset_uri': 'llmfoundry.loggers.dataset_inputs',
     'make_dataclass_and_log_config': 'llmfoundry.config.containers',
     'pop_config': 'llmfoundry.config.containers',
     'process_init_device': 'llmfoundry.command_utils.parallelism',

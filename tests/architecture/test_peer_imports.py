@@ -50,7 +50,7 @@ llmfoundry.utils: DownloadingIterable, load_prompts, load_prompts_from_file, Ver
 llmfoundry.utils: CROSS_ENTROPY_IGNORE_INDEX
 llmfoundry.utils.builders: add_metrics_to_eval_loaders, build_callback, build_composer_model, build_dataloader, build_eval_loaders, build_evaluators, build_load_planner, build_logger
 llmfoundry.utils.builders: build_optimizer, build_save_planner, build_tokenizer, build_tp_strategies
-llmfoundry.utils.config_utils: EVAL_CONFIG_KEYS, TRAIN_CONFIG_KEYS, TrainConfig, make_dataclass_and_log_config, process_init_device, to_dict_container, to_list_container
+llmfoundry.utils.config_utils: EVAL_CONFIG_KEYS, TRAIN_CONFIG_KEYS, TrainConfig, log_dataset_uri, make_dataclass_and_log_config, process_init_device, to_dict_container, to_list_container
 llmfoundry.utils.config_utils: update_batch_size_info, update_config_with_batch_size_info
 llmfoundry.utils.consts: CROSS_ENTROPY_IGNORE_INDEX
 llmfoundry.utils.exceptions: ALLOWED_PROMPT_KEYS, ALLOWED_RESPONSE_KEYS, CannotUnicodeDecodeFile, ChatTemplateError, ConsecutiveRepeatedChatRolesError, DatasetTooSmallError
@@ -64,7 +64,7 @@ LINES = [line for line in PATHS.strip().splitlines()]
 
 
 def test_number_of_paths() -> None:
-    assert sum(len(line.split(': ')[1].split(', ')) for line in LINES) >= 183
+    assert sum(len(line.split(': ')[1].split(', ')) for line in LINES) >= 184
 
 
 @pytest.mark.parametrize('line', LINES, ids=lambda line: line.split(':')[0])
