@@ -104,7 +104,7 @@ def test_schema_refuses_what_validation_refuses(schema: dict[str, Any], key: str
 
 
 def test_launch_files_refer_to_yamls_that_exist() -> None:
-    assert {p.stem for p in MCLI} >= {'mcli-1b', 'mcli-1b-max-seq-len-8k', 'mcli-convert-composer-to-hf', 'mcli-hf-generate', 'mcli-benchmark-mpt'}
+    assert {p.stem for p in MCLI} >= {'mcli-1b', 'mcli-1b-max-seq-len-8k', 'mcli-convert-composer-to-hf', 'mcli-hf-generate', 'mcli-benchmark-mpt', 'mcli-pretokenize-oci-upload'}
     for path in MCLI:
         launch = yaml.safe_load(path.read_text())
         assert {'name', 'image', 'compute', 'integrations', 'command'} <= set(launch), path
