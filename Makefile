@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # pytest-xdist workers; each imports torch and Composer once, so two fit two cores and 8 GiB.
 WORKERS ?= 2
 
-.PHONY: install quickstart test lint bench bench-gpu clean
+.PHONY: install quickstart finetune-demo finetune-quickstart test lint bench bench-gpu clean
 
 install: $(STAMP)
 
@@ -28,6 +28,14 @@ endif
 quickstart: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m llmfoundry.command_utils.quickstart
 
+# Fetches a real chat model and chats (100 MB, once), LoRA-finetunes, merges, chats.
+finetune-demo: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m llmfoundry.command_utils.finetune_demo lora
+
+# Trains all weights of what `make quickstart` left.
+finetune-quickstart: quickstart
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m llmfoundry.command_utils.finetune_demo full
+
 test: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
 
@@ -42,4 +50,4 @@ bench-gpu: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/train/benchmarking/gpu.py
 
 clean:
-	rm -rf quickstart build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf quickstart finetune-demo finetune-quickstart build dist .pytest_cache .ruff_cache .hypothesis

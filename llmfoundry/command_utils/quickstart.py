@@ -1,32 +1,17 @@
-"""``make quickstart``: the documented commands one after another, from text to generated sentences.
-
-Runs what a reader would type (each command is printed), skips what is already there, and says how long each step took. The steps are real
-processes, because that is what they are for users; the price, importing torch several times, is about 10 s each.
-"""
+"""``make quickstart``: the documented commands one after another, from text to generated sentences."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from llmfoundry.command_utils.plot import plot_loss
+from llmfoundry.command_utils.steps import Step, run_steps
 
-ROOT = Path(__file__).resolve().parents[2]
 YAML = 'yamls/smoke/quickstart.yaml'
 PROMPTS = ('It is a truth universally acknowledged', 'She was not', '"My dear Mr. Bennet," said')
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command: ``done`` is the file whose presence means that it need not run again."""
-
-    title: str
-    command: list[str]
-    done: Path
 
 
 def steps(folder: Path) -> list[Step]:
@@ -73,40 +58,15 @@ open(out, 'w').write('\\n\\n'.join(texts) + '\\n')
 
 
 def run(folder: Path) -> None:
-    """Runs the steps that are not done yet, then draws the loss curve.
-
-    Raises:
-        SystemExit: with the exit code of the step that failed.
-    """
+    """Runs the steps that are not done yet, then draws the loss curve."""
     start = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    todo = steps(folder)
-    for number, step in enumerate(todo, 1):
-        print(f'\n== {number}/{len(todo)} {step.title}', flush=True)
-        if step.done.exists():
-            print(f'   already done ({step.done}); delete {folder} to start again', flush=True)
-            continue
-        _run_step(step)
+    run_steps(steps(folder), folder)
     plot = folder / 'loss.png'
     losses = plot_loss(folder / 'metrics.jsonl', plot)
     print(f'\nvalidation loss: {losses[0]:.3f} before training, {losses[-1]:.3f} after')
     print(f'loss curve:      {plot}')
     print(f'model:           {folder / "hf"} (a Hugging Face folder)')
     print(f'took {time.monotonic() - start:.0f} s', flush=True)
-
-
-def _run_step(step: Step) -> None:
-    shown = ' '.join(part if '\n' not in part else "'...'" for part in step.command)
-    print(f'   $ {shown}', flush=True)
-    began = time.monotonic()
-    environment = {**os.environ, 'HF_HUB_OFFLINE': '1', 'TRANSFORMERS_NO_ADVISORY_WARNINGS': '1'}
-    code = subprocess.run(step.command, cwd=ROOT, env=environment, check=False).returncode
-    if code != 0:
-        sys.exit(f'step failed with exit code {code}: {shown}')
-    if not step.done.exists():
-        step.done.parent.mkdir(parents=True, exist_ok=True)
-        step.done.touch()
-    print(f'   took {time.monotonic() - began:.0f} s', flush=True)
 
 
 if __name__ == '__main__':
