@@ -12,6 +12,7 @@ from typing import Any
 from llmfoundry import dist, registry
 from llmfoundry.config.moe_mesh import moe_device_mesh, needs_mesh
 from llmfoundry.config.report import lookup
+from llmfoundry.config.rules import is_packed, iter_loaders
 from llmfoundry.config.times import parse_time
 
 __all__ = ['derive', 'split_spellings']
@@ -75,6 +76,19 @@ def _expert_mesh(config: Config) -> tuple[Config, Notes]:
     return {**config, 'model': {**model, 'ffn_config': ffn}}, [f'model.ffn_config.device_mesh: {ffn["device_mesh"]} (from fsdp_config)']
 
 
+def _packed_documents(config: Config) -> tuple[Config, Notes]:
+    """Packed documents never see each other, so an MPT model is told to look at their numbers."""
+    model = config['model']
+    if model.get('name') != 'mpt_causal_lm' or lookup(model, 'attn_config.attn_uses_sequence_id'):
+        return config, []
+    packed = ['.'.join(path) for path, loader in iter_loaders(config) if is_packed(loader)]
+    if not packed:
+        return config, []
+    attn_config = {**(model.get('attn_config') or {}), 'attn_uses_sequence_id': True}
+    note = f'model.attn_config.attn_uses_sequence_id: true, because {" and ".join(packed)} puts several documents into a row'
+    return {**config, 'model': {**model, 'attn_config': attn_config}}, [note]
+
+
 def _eval_sequence_length(config: Config) -> tuple[Config, Notes]:
     return (config if config.get('icl_seq_len') is not None else {**config, 'icl_seq_len': config['max_seq_len']}), []
 
@@ -104,7 +118,7 @@ def _absent_packages(config: Config) -> tuple[Config, Notes]:
 
 
 _STEPS: tuple[Callable[[Config], tuple[Config, Notes]], ...] = (
-    _run_name, _autoresume, _checkpoint_names, _batch_sizes, _expert_mesh, _eval_sequence_length, _empty_groups, _long_warmup, _absent_packages,
+    _run_name, _autoresume, _checkpoint_names, _batch_sizes, _expert_mesh, _packed_documents, _eval_sequence_length, _empty_groups, _long_warmup, _absent_packages,
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from llmfoundry.config.report import KeyPath, Report, lookup
 from llmfoundry.config.times import parse_time, time_problem
 from llmfoundry.config.train import TrainConfig
 
-__all__ = ['check_rules', 'iter_loaders']
+__all__ = ['check_rules', 'is_packed', 'iter_loaders']
 
 Config = Mapping[str, Any]
 _TIME_KEYS = ('max_duration', 'eval_interval', 'console_log_interval', 'save_interval')
@@ -181,9 +181,37 @@ def single_checkpoint_modes(config: Config, report: Report) -> None:
         report.add('only_composer_checkpoint', 'cannot be set together with only_hf_checkpoint')
 
 
-def datasets_name_their_data(config: Config, report: Report) -> None:
-    """A text data set has streams or a place, and its sequences fit into the model."""
+def is_packed(loader: Mapping[str, Any]) -> bool:
+    """Whether a loader block asks the finetuning loader to put several documents into a row."""
+    dataset = loader.get('dataset')
+    if loader.get('name') != 'finetuning' or not isinstance(dataset, Mapping):
+        return False
+    return bool(dataset.get('packing')) or dataset.get('packing_ratio') not in (None, 1, 1.0)
+
+
+def packed_documents_stay_apart(config: Config, report: Report) -> None:
+    """An MPT model may not be told to let packed documents see each other; left out, the key is derived."""
+    if lookup(config, 'model.name') == 'mpt_causal_lm' and lookup(config, 'model.attn_config.attn_uses_sequence_id') is False:
+        for path, loader in iter_loaders(config):
+            if is_packed(loader):
+                report.add(
+                    'model.attn_config.attn_uses_sequence_id',
+                    f'must be true (or left out, which means true here), got False: {".".join(path)}.dataset packs several documents into a row, and they would attend to each other',
+                )
+                return
+
+
+def sequences_fit_the_model(config: Config, report: Report) -> None:
+    """No loader makes longer sequences than an MPT model takes."""
     limit = lookup(config, 'model.max_seq_len') if lookup(config, 'model.name') == 'mpt_causal_lm' else None
+    for path, loader in iter_loaders(config):
+        length = loader['dataset'].get('max_seq_len') if isinstance(loader.get('dataset'), Mapping) else None
+        if isinstance(limit, int) and isinstance(length, int) and length > limit:
+            report.add((*path, 'dataset', 'max_seq_len'), f'must not exceed model.max_seq_len {limit}, got {length}')
+
+
+def datasets_name_their_data(config: Config, report: Report) -> None:
+    """A text data set has streams or a place, and one separator of documents."""
     for path, loader in iter_loaders(config):
         dataset = loader.get('dataset')
         if loader.get('name') != 'text' or not isinstance(dataset, Mapping):
@@ -196,9 +224,6 @@ def datasets_name_their_data(config: Config, report: Report) -> None:
             report.add((*here, places[0]), f'cannot be set together with streams; put {places[0]} into each stream')
         if dataset.get('eos_token_id') is not None and dataset.get('bos_token_id') is not None:
             report.add((*here, 'bos_token_id'), 'cannot be set together with eos_token_id: one of them separates documents')
-        length = dataset.get('max_seq_len')
-        if limit is not None and length is not None and length > limit:
-            report.add((*here, 'max_seq_len'), f'must not exceed model.max_seq_len {limit}, got {length}')
 
 
 def worker_counts(config: Config, report: Report) -> None:
@@ -256,6 +281,7 @@ def gauntlet_is_consistent(config: Config, report: Report) -> None:
 _RULES: tuple[Callable[[Config, Report], None], ...] = (
     times_are_times, batch_sizes_fit, auto_microbatch_excludes_profiler, eval_loader_lists_have_labels, one_of_two_spellings, t5_limits, no_training_in_8bit,
     megablocks_need_original_parameters, experts_cover_the_ranks, tensor_parallelism_excludes_experts, autoresume_needs_names, log_level_exists, single_checkpoint_modes, datasets_name_their_data,
+    packed_documents_stay_apart, sequences_fit_the_model,
     gradient_clipping_has_a_kind, seed_and_timeout_ranges, worker_counts, warmup_fits, optimizer_ranges, metadata_keys_are_free, mpt_block_is_consistent, gauntlet_is_consistent,
 )  # fmt: skip
 
