@@ -7,10 +7,14 @@ communicates imports torch (or Composer, for its device detection) when it is ca
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import pickle
+import time
 from typing import Any, Callable, Iterator, TypeVar
 
 T = TypeVar('T')
+_calls = itertools.count()
 
 
 def _env_int(name: str, default: int) -> int:
@@ -114,6 +118,50 @@ def on_rank_zero(function: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def on_local_rank_zero(function: Callable[[], T]) -> T:
+    """Calls ``function`` on local rank 0 of each node, and returns what the node's own call returned on all of its ranks.
+
+    The other ranks ask the process group's key-value store instead of waiting in a collective, so the call may take hours (tokenising a large
+    data set) without running into the collectives' time limit. An exception on any node is raised on every rank of the run.
+    """
+    if not is_initialized() or get_world_size() == 1:
+        return function()
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store = _get_default_store()
+    nodes = max(1, get_world_size() // max(1, get_local_world_size()))
+    number = next(_calls)
+    if get_local_rank() == 0:
+        outcome: list[Any] = [None, None]
+        try:
+            outcome[0] = function()
+        except Exception as e:  # sent to every rank and raised there
+            outcome[1] = e
+        store.set(f'llmfoundry/{number}/{get_node_rank()}', _pickled(outcome))
+    keys = [f'llmfoundry/{number}/{node}' for node in range(nodes)]
+    pause_s = 0.01
+    while not store.check(keys):
+        time.sleep(pause_s)
+        pause_s = min(1.0, pause_s * 1.5)
+    outcomes = [pickle.loads(store.get(key)) for key in keys]
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return outcomes[get_node_rank()][0]
+
+
+def _pickled(outcome: list[Any]) -> bytes:
+    """The outcome as bytes; an error that does not survive pickling becomes a RuntimeError with its text."""
+    try:
+        data = pickle.dumps(outcome)
+        pickle.loads(data)
+    except Exception:  # whatever a foreign exception's pickling raises
+        if outcome[1] is None:
+            raise
+        data = pickle.dumps([None, RuntimeError(f'{type(outcome[1]).__name__}: {outcome[1]}')])
+    return data
 
 
 @contextlib.contextmanager

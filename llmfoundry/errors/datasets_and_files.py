@@ -59,8 +59,9 @@ class FinetuningFileNotFoundError(UserError):
 class MisconfiguredHfDatasetError(UserError):
     """Hugging Face datasets could not build the dataset."""
 
-    def __init__(self, dataset_name: str, split: str | None = None) -> None:
-        super().__init__(f'Your dataset (name={dataset_name}, split={split}) is misconfigured. Please check your dataset format and make sure you can load your dataset locally.', dataset_name=dataset_name, split=split)
+    def __init__(self, dataset_name: str, split: str | None = None, reason: str | None = None) -> None:
+        message = f'Your dataset (name={dataset_name}, split={split}) is misconfigured. Please check your dataset format and make sure you can load your dataset locally.'
+        super().__init__(message + (f' Reason: {reason}' if reason else ''), dataset_name=dataset_name, split=split, reason=reason)
 
 
 class InvalidDatasetError(UserError):

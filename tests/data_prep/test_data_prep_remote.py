@@ -13,6 +13,7 @@ from llmfoundry.command_utils.data_prep import remote
 from llmfoundry.command_utils.data_prep.convert_dataset_hf import convert_dataset_hf
 from llmfoundry.command_utils.data_prep.convert_dataset_json import convert_dataset_json
 from llmfoundry.command_utils.data_prep.convert_text_to_mds import DONE_FILENAME, convert_text_to_mds
+from llmfoundry.data import remote_files
 from llmfoundry.errors import DataError
 from tests.helpers.prepared_data import EOS, GPT2, digest, expected_tokens, random_texts, read_tokens, write_jsonl
 
@@ -122,8 +123,9 @@ class _Store:
 def test_object_store_without_fsspec_plugin(tmp_path, monkeypatch):
     bucket = tmp_path / 'bucket'
     write_jsonl(bucket / 'in' / 'rows.jsonl', TEXTS)
-    monkeypatch.setattr(remote, '_filesystem', lambda uri: None)
-    monkeypatch.setattr(remote, '_object_store', lambda uri: (_Store(bucket), uri.split('/', 3)[3]))
+    for module in (remote, remote_files):
+        monkeypatch.setattr(module, 'filesystem', lambda uri: None)
+        monkeypatch.setattr(module, 'object_store', lambda uri: (_Store(bucket), uri.split('/', 3)[3]))
     convert_dataset_json('s3://bucket/in', 's3://bucket/out', **TOKENS)
     assert np.array_equal(read_tokens(bucket / 'out'), expected_tokens(TEXTS, 32))
 

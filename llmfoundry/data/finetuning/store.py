@@ -151,6 +151,8 @@ def write_part(folder: Path, plan: StorePlan, part: int, rows: Iterable[EncodedR
         RuntimeError: there were more or fewer rows than the span has.
     """
     token_path, row_path, json_path = _paths(folder, part)
+    # A damaged part must not look whole while it is made anew.
+    json_path.unlink(missing_ok=True)
     first, stop = plan.span(part)
     index: list[tuple[int, int]] = []
     counts = dict.fromkeys((f.name for f in fields(StoreCounts)), 0)
