@@ -6,6 +6,9 @@ from typing import Any, Sequence
 
 from llmfoundry.errors.base import UserError
 
+# An error about a huge row has to stay readable.
+_LONGEST_EXAMPLE_SHOWN = 2000
+
 
 class MissingHuggingFaceURLSplitError(UserError):
     """A Hugging Face dataset without ``split``."""
@@ -72,10 +75,13 @@ class InvalidDatasetError(UserError):
 
 
 class UnableToProcessPromptResponseError(UserError):
-    """A registered preprocessing function could not read a row."""
+    """A preprocessing function could not read a row; ``reason`` says why, where it is known."""
 
-    def __init__(self, example: Any) -> None:
-        super().__init__(f'Unable to extract prompt/response from {example}', example=example)
+    def __init__(self, example: Any, reason: str = '') -> None:
+        shown = str(example)
+        if len(shown) > _LONGEST_EXAMPLE_SHOWN:
+            shown = f'{shown[:_LONGEST_EXAMPLE_SHOWN]}... ({len(shown)} characters)'
+        super().__init__(f'Unable to extract prompt/response from {shown}' + (f': {reason}' if reason else ''), example=example, reason=reason)
 
 
 class InvalidPromptResponseKeysError(UserError):
