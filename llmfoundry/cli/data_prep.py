@@ -160,3 +160,9 @@ def austen(
 ) -> None:
     """The shipped corpus, Jane Austen's six novels -> OUT_ROOT/train and OUT_ROOT/val (held-out chapters)."""
     _run('austen:prepare_austen', out_root=out_root, concat_tokens=concat_tokens, tokenizer=tokenizer, eos_text=eos_text, processes=processes)
+
+
+@app.command('dataprep')
+def dataprep(config: Annotated[str, typer.Argument(help='YAML with source_config, dataset_writer_config, base_model, ...')]) -> None:
+    """Rows of input, contexts and response -> packed rows of token ids and labels."""
+    _run('dataprep.run:dataprep', config=config)
