@@ -58,8 +58,7 @@ def render_conversations(conversations: Sequence[Sequence[Mapping[str, Any]]], t
 def chat_turn_texts(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
     """The texts of the turns: what the model reads since its last response, and its response.
 
-    Joined, the texts are the render of the whole conversation, but for one thing: whitespace that the template puts after the EOS token opens the next prompt, and is left out at the end. A model
-    stops at its EOS, so it would never generate that whitespace; left in the response, it would also hide that the response ends in EOS already.
+    Joined, the texts are the render of the whole conversation.
 
     Raises:
         ChatTemplateError: the template failed.
@@ -68,7 +67,6 @@ def chat_turn_texts(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrained
     ends = [i for i, message in enumerate(messages) if message['role'] == 'assistant']
     histories = render_conversations([messages[:i] for i in ends], tokenizer, add_generation_prompt=True)
     wholes = render_conversations([messages[: i + 1] for i in ends], tokenizer, add_generation_prompt=False)
-    eos_token = getattr(tokenizer, 'eos_token', None)
     turns, done = [], ''
     for index, history, whole in zip(ends, histories, wholes, strict=True):
         if not (whole.startswith(done) and history.startswith(done)):
@@ -81,13 +79,8 @@ def chat_turn_texts(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrained
                 f'the prompt before message {index}, with the generation prompt, must be the first part of the conversation with that message. '
                 f'Prompt: {_tail(history)}. Conversation: {_from_difference(history, whole)}',
             )
-        end = len(whole)
-        if eos_token:
-            stripped = whole.rstrip()
-            if stripped.endswith(eos_token) and len(stripped) > len(history):
-                end = len(stripped)
-        turns.append((history[len(done) :], whole[len(history) : end]))
-        done = whole[:end]
+        turns.append((history[len(done) :], whole[len(history) :]))
+        done = whole
     return turns
 
 

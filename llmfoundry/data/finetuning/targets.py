@@ -77,7 +77,8 @@ def stitch_turns(
         turns: each holds ``input_ids``, the ids of its prompt, and ``labels``, the ids of its response.
         target_prompts: ``none``, ``all`` or ``length>=N``: which prompts are trained.
         target_responses: ``last`` or ``all``: which responses are trained.
-        eos_token_id: appended to the last response, and trained, unless that response ends with it. None appends nothing.
+        eos_token_id: appended to the last response, and trained, unless that response ends with it, or with it and the one token of whitespace that chat templates
+            put after it. None appends nothing.
 
     Returns:
         ids int32 ``(tokens,)`` and targets bool ``(tokens,)``. Nothing is cut: see ``truncate``.
@@ -90,7 +91,7 @@ def stitch_turns(
         is_last = i == len(turns) - 1
         pieces.append((prompt, threshold is not None and len(prompt) >= threshold))
         pieces.append((response, every_response or is_last))
-        if is_last and eos_token_id is not None and not (len(response) and response[-1] == eos_token_id):
+        if is_last and eos_token_id is not None and eos_token_id not in list(response[-2:]):
             pieces.append(([eos_token_id], True))
 
     total = sum(len(ids) for ids, _ in pieces)

@@ -16,8 +16,8 @@ from llmfoundry.typed_registry import resolve_target
 _lazy_attribute, _, _LAZY = lazy_exports(
     __name__,
     {
-        'HUGGINGFACE_FOLDER_EXTENSIONS': 'llmfoundry.data.finetuning.sources',
-        'SUPPORTED_EXTENSIONS': 'llmfoundry.data.finetuning.sources',
+        'HUGGINGFACE_FOLDER_EXTENSIONS': 'llmfoundry.data.finetuning.safe_load',
+        'SUPPORTED_EXTENSIONS': 'llmfoundry.data.finetuning.safe_load',
         'StreamingFinetuningDataset': 'llmfoundry.data.finetuning.streaming_dataset',
     },
 )
