@@ -31,7 +31,7 @@ from llmfoundry.data.finetuning.store import (
     write_plan,
 )
 
-__all__ = ['Encode', 'build_store', 'default_num_proc', 'tokenizer_threads']
+__all__ = ['Encode', 'build_store', 'default_num_proc']
 
 log = logging.getLogger(__name__)
 
@@ -50,20 +50,6 @@ def default_num_proc() -> int:
     limit = os.environ.get('MAX_NUM_PROC')
     wanted = max(1, cores - _SPARED_CORES)
     return max(1, min(wanted, int(limit))) if limit else wanted
-
-
-@contextlib.contextmanager
-def tokenizer_threads(enabled: bool) -> Iterator[None]:
-    """Switches the threads of fast tokenizers on or off for the block."""
-    before = os.environ.get('TOKENIZERS_PARALLELISM')
-    os.environ['TOKENIZERS_PARALLELISM'] = 'true' if enabled else 'false'
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ['TOKENIZERS_PARALLELISM']
-        else:
-            os.environ['TOKENIZERS_PARALLELISM'] = before
 
 
 def build_store(folder: str | os.PathLike[str], plan: StorePlan, encode: Encode, num_proc: int = 1) -> TokenStore:
@@ -97,9 +83,8 @@ def build_store(folder: str | os.PathLike[str], plan: StorePlan, encode: Encode,
         if num_proc > 1:
             _in_processes(folder, plan, encode, missing, num_proc, progress)
         else:
-            with tokenizer_threads(True):
-                for part in missing:
-                    progress.add(write_part(folder, plan, part, encode(*plan.span(part))))
+            for part in missing:
+                progress.add(write_part(folder, plan, part, encode(*plan.span(part))))
     return TokenStore(folder)
 
 
@@ -139,8 +124,7 @@ class _Progress:
 def _run_part(part: int) -> StoreCounts:
     assert _job is not None, 'the worker was forked before the job was set'
     folder, plan, encode = _job
-    with tokenizer_threads(False):
-        return write_part(folder, plan, part, encode(*plan.span(part)))
+    return write_part(folder, plan, part, encode(*plan.span(part)))
 
 
 def _in_processes(folder: Path, plan: StorePlan, encode: Encode, missing: list[int], num_proc: int, progress: _Progress) -> None:

@@ -1,0 +1,68 @@
+"""``safe_load``: only data files that cannot hold code or pickles may be read, and nothing else is downloaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Iterator, Mapping
+
+from huggingface_hub import snapshot_download
+
+from llmfoundry.errors import DataError, InvalidFileExtensionError
+
+__all__ = ['HUGGINGFACE_FOLDER_EXTENSIONS', 'SUPPORTED_EXTENSIONS', 'check_files', 'download_safely']
+
+SUPPORTED_EXTENSIONS = ['.csv', '.json', '.jsonl', '.parquet']
+# What a download by huggingface_hub leaves beside the data.
+HUGGINGFACE_FOLDER_EXTENSIONS = ['.lock', '.metadata', '.gitignore']
+_UNSAFE_BUILDERS = ('arrow', 'text')
+
+
+def check_files(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Checks a local folder, a local file, or the files of a builder.
+
+    Raises:
+        InvalidFileExtensionError: a file of another kind is there, or none of these kinds.
+    """
+    roots = [name] if os.path.exists(name) else []
+    roots += list(_flat(kwargs.get('data_files'))) or ([str(kwargs['data_dir'])] if kwargs.get('data_dir') else [])
+    files = [file for root in roots for file in _files_below(root)]
+    wrong = [f for f in files if not f.endswith((*SUPPORTED_EXTENSIONS, *HUGGINGFACE_FOLDER_EXTENSIONS)) and not f.endswith('.gitignore')]
+    if name in _UNSAFE_BUILDERS:
+        wrong.append(f'builder {name}')
+    if wrong or not any(f.endswith(tuple(SUPPORTED_EXTENSIONS)) for f in files):
+        reason = f'safe_load does not allow {", ".join(wrong[:5])}' if wrong else 'there is no data file'
+        raise InvalidFileExtensionError(', '.join(roots) or name, SUPPORTED_EXTENSIONS) from DataError(reason, file=', '.join(roots))
+
+
+def _flat(files: Any) -> Iterator[str]:
+    if isinstance(files, Mapping):
+        files = list(files.values())
+    if isinstance(files, (list, tuple)):
+        for inner in files:
+            yield from _flat(inner)
+    elif files:
+        yield str(files)
+
+
+def _files_below(root: str) -> Iterator[str]:
+    if not os.path.isdir(root):
+        yield root
+        return
+    for folder, _, names in os.walk(root, followlinks=True):
+        yield from (os.path.join(folder, name) for name in names)
+
+
+def download_safely(name: str, token: str | bool | None, revision: str | None) -> Path:
+    """Downloads the safe files of a data set on the Hub, and nothing else of it.
+
+    Raises:
+        InvalidFileExtensionError: it has none.
+    """
+    patterns = [f'*{extension}' for extension in SUPPORTED_EXTENSIONS]
+    folder = Path(snapshot_download(name, repo_type='dataset', token=token, revision=revision, allow_patterns=patterns))
+    if not any(str(f).endswith(tuple(SUPPORTED_EXTENSIONS)) for f in folder.rglob('*')):
+        raise InvalidFileExtensionError(name, SUPPORTED_EXTENSIONS)
+    # An earlier download without safe_load may have left other files in the same folder.
+    check_files(str(folder), {})
+    return folder
