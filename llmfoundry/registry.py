@@ -126,7 +126,13 @@ callbacks = create_registry(
         'oom_observer': 'composer.callbacks:OOMObserver',
         'nan_monitor': 'composer.callbacks:NaNMonitor',
         'load_checkpoint': 'composer.callbacks:LoadCheckpoint',
+        'fdiff_metrics': 'llmfoundry.callbacks.fdiff_callback:FDiffMetrics',
         'hf_checkpointer': 'llmfoundry.callbacks.hf_checkpointer:HuggingFaceCheckpointer',
+        'global_lr_scaling': 'llmfoundry.callbacks.global_lr_scaling:GlobalLRScaling',
+        'layer_freezing': 'llmfoundry.callbacks.layer_freezing:LayerFreezing',
+        'scheduled_gc': 'llmfoundry.callbacks.scheduled_gc_callback:ScheduledGarbageCollector',
+        'run_timeout': 'llmfoundry.callbacks.run_timeout_callback:RunTimeoutCallback',
+        'kill_loss_spike': 'llmfoundry.callbacks.kill_loss_spike_callback:KillLossSpike',
     },
 )
 

@@ -8,5 +8,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         'HuggingFaceCheckpointer': 'llmfoundry.callbacks.hf_checkpointer',
+        'RunTimeoutCallback': 'llmfoundry.callbacks.run_timeout_callback',
     },
 )
