@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Mapping, Sequence
 
 from llmfoundry.data.prompts.formats import PromptFormat
+from llmfoundry.data.prompts.roles import Role
 
 __all__ = ['Message', 'Prompt', 'PromptText']
 
@@ -131,9 +132,9 @@ class Prompt:
         if system_message:
             (inside if style.nested_system else outside).append(style.system.render(system_message))
         if contexts:
-            rendered = [self._fill(self.context_template, text, index=i) for i, text in enumerate(contexts, 1)]
+            rendered = [self._fill(self.context_template, text, style.contexts, index=i) for i, text in enumerate(contexts, 1)]
             (inside if style.nested_contexts else outside).append(style.contexts.render(style.content_separator.join(rendered)))
-        inside.append(self._fill(self.input_template, input))
+        inside.append(self._fill(self.input_template, input, style.input))
         return style.BOS + style.role_separator.join([*outside, style.input.render(style.content_separator.join(inside))])
 
     def render_response(self, response: PromptText | None) -> str:
@@ -141,14 +142,16 @@ class Prompt:
         role = self.format.response
         if response is None:
             return role.prefix + next(string.Formatter().parse(self.response_template))[0]
-        return role.render(self._fill(self.response_template, response)) + self.format.EOS
+        return role.render(self._fill(self.response_template, response, role)) + self.format.EOS
 
-    def _fill(self, template: str, text: PromptText, **values: Any) -> str:
-        """The template with the text, or with the values of a mapping, in its places.
+    def _fill(self, template: str, text: PromptText, role: Role, **values: Any) -> str:
+        """The template with the text, or with the values of a mapping, in its places; stripped first, if the role says so, since here it is still alone.
 
         Raises:
             ValueError: the template names a value that is not there.
         """
+        if isinstance(text, str) and role.strip_text:
+            text = text.strip()
         given = {**values, **(text if isinstance(text, Mapping) else {self.text_key: text})}
         try:
             return template.format(**given)

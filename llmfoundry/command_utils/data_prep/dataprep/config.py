@@ -219,10 +219,6 @@ def _check_writer(config: Mapping[str, Any], report: Report, writer: Any) -> Non
     kwargs, key = _kwargs(config, 'dataset_writer_config'), TARGET_KEYS[name]
     path = ('dataset_writer_config', 'kwargs', key)
     target = kwargs.get(key)
-    if target is None:
-        report.add(path, 'missing: this key is mandatory (a path or a URI)')
-    elif not isinstance(target, str):
-        report.add(path, f'{target!r} is not a path; give text')
-    elif target == _kwargs(config, 'source_config').get('dataset_path'):
+    if target is not None and target == _kwargs(config, 'source_config').get('dataset_path'):
         report.add(path, f'{target!r} is also the source; name another folder')
     check_kwargs(report, path[:2], kwargs, signature_of_object(writer), ('dataset',))

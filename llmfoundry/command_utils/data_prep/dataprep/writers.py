@@ -6,13 +6,15 @@ loads (``state.json``) last. A target that already holds something is refused, b
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Mapping
 
+import datasets
 import fsspec
 
 from llmfoundry.command_utils.data_prep import remote
@@ -50,9 +52,15 @@ def to_parquet(dataset: Any, path_or_buf: str, storage_options: dict | None = No
 
 
 def to_csv(dataset: Any, path_or_buf: str, storage_options: dict | None = None, **kwargs: Any) -> None:
-    """One CSV file, for reading by eye: lists of ids become text, which no loader takes for ids."""
+    """One CSV file, lists as JSON text. Left to pandas, a list of more than 1000 ids would lose its middle to an ellipsis."""
+    features = datasets.Features({name: datasets.Value('string') for name in dataset.column_names})
+    text = dataset.map(_lists_as_json, batched=True, features=features, load_from_cache_file=False)
     with _staged(path_or_buf, storage_options) as path:
-        dataset.to_csv(str(path), **kwargs)
+        text.to_csv(str(path), **kwargs)
+
+
+def _lists_as_json(columns: Mapping[str, list]) -> dict[str, list[str]]:
+    return {name: [value if isinstance(value, str) else json.dumps(value) for value in values] for name, values in columns.items()}
 
 
 WRITERS: dict[str, Callable[..., None]] = {'save_to_disk': save_to_disk, 'to_json': to_json, 'to_parquet': to_parquet, 'to_csv': to_csv}
