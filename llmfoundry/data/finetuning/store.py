@@ -21,7 +21,7 @@ from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-__all__ = ['EncodedRow', 'StoreCounts', 'StorePlan', 'TokenStore', 'part_is_whole', 'read_plan', 'write_part', 'write_plan', 'write_store']
+__all__ = ['EncodedRow', 'StoreCounts', 'StorePlan', 'TokenStore', 'part_is_whole', 'read_plan', 'remove_leftovers', 'write_part', 'write_plan', 'write_store']
 
 FORMAT = 1
 EMPTY_PROMPT, EMPTY_RESPONSE, NO_TARGET = 'empty_prompt', 'empty_response', 'no_target'
@@ -313,8 +313,8 @@ def _encoded(rows: Iterable[EncodedRow | tuple[np.ndarray, np.ndarray]]) -> Iter
         yield row if isinstance(row, EncodedRow) else EncodedRow(np.asarray(row[0], dtype=np.int32), np.asarray(row[1], dtype=bool))
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files of killed builds. To be called by the only builder."""
-    for path in folder.glob('part-*.tmp'):
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Removes the files of a store that match, such as the temporary ones of killed builds. To be called by the only builder."""
+    for path in folder.glob(pattern):
         with contextlib.suppress(FileNotFoundError):
             path.unlink()

@@ -73,8 +73,9 @@ def build_store(folder: str | os.PathLike[str], plan: StorePlan, encode: Encode,
     with _only_builder(folder, plan.source):
         found = read_plan(folder)
         if found is None or (found.rows, found.rows_per_part) != (plan.rows, plan.rows_per_part):
+            remove_leftovers(folder, 'part-*')
             write_plan(folder, plan)
-        remove_leftovers(folder)
+        remove_leftovers(folder, '*.tmp')
         missing = [part for part in range(plan.parts) if not part_is_whole(folder, part)]
         if len(missing) < plan.parts:
             log.info('%s: %d of %d parts are tokenised already', plan.source, plan.parts - len(missing), plan.parts)
