@@ -16,7 +16,7 @@ from llmfoundry.tokenizers.utils import get_date_string
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ['CHATML_TEMPLATE', 'chat_template_of', 'chat_turn_texts', 'render_conversations']
+__all__ = ['CHATML_TEMPLATE', 'chat_template_of', 'chat_turn_texts', 'render_prefixes']
 
 CHATML_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -36,8 +36,8 @@ def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> Any:
     return getattr(tokenizer, 'chat_template', None) or CHATML_TEMPLATE
 
 
-def render_conversations(conversations: Sequence[Sequence[Mapping[str, Any]]], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool) -> list[str]:
-    """Each conversation as text, by the template, which may use ``date_string``.
+def render_prefixes(messages: Sequence[Mapping[str, Any]], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool) -> list[str]:
+    """The first ``end`` messages as text, for each of ``ends``, by the template, which may use ``date_string``.
 
     Raises:
         ChatTemplateError: the template failed.
@@ -45,14 +45,14 @@ def render_conversations(conversations: Sequence[Sequence[Mapping[str, Any]]], t
     own = getattr(tokenizer, 'chat_template', None)
     try:
         return tokenizer.apply_chat_template(
-            list(conversations),
+            [list(messages[:end]) for end in ends],
             chat_template=None if own else CHATML_TEMPLATE,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             date_string=get_date_string(),
         )
     except _TEMPLATE_FAILURES as e:
-        raise ChatTemplateError(str(own or CHATML_TEMPLATE), list(conversations[-1]), str(e)) from e
+        raise ChatTemplateError(str(own or CHATML_TEMPLATE), list(messages), str(e)) from e
 
 
 def chat_turn_texts(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
@@ -65,8 +65,8 @@ def chat_turn_texts(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrained
         InvalidConversationError: a render is not the beginning of the next one.
     """
     ends = [i for i, message in enumerate(messages) if message['role'] == 'assistant']
-    histories = render_conversations([messages[:i] for i in ends], tokenizer, add_generation_prompt=True)
-    wholes = render_conversations([messages[: i + 1] for i in ends], tokenizer, add_generation_prompt=False)
+    histories = render_prefixes(messages, ends, tokenizer, add_generation_prompt=True)
+    wholes = render_prefixes(messages, [i + 1 for i in ends], tokenizer, add_generation_prompt=False)
     turns, done = [], ''
     for index, history, whole in zip(ends, histories, wholes, strict=True):
         if not (whole.startswith(done) and history.startswith(done)):
