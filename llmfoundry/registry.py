@@ -200,7 +200,7 @@ dataloaders = create_registry(
     'llmfoundry', 'dataloaders',
     generic_type='Callable[..., composer.core.DataSpec]',
     description='Values of train_loader.name and eval_loader.name.',
-    builtins={'text': 'llmfoundry.data.text_data:build_text_dataloader'},
+    builtins={'text': 'llmfoundry.data.text_data:build_text_dataloader', 'finetuning': 'llmfoundry.data.finetuning.dataloader:build_finetuning_dataloader'},
 )
 
 dataset_replication_validators = create_registry(
@@ -214,7 +214,7 @@ collators = create_registry(
     'llmfoundry', 'collators',
     generic_type='Callable[..., Callable]',
     description='Builders of collate functions, used by the data loaders.',
-    builtins={'text_collator': 'llmfoundry.data.text_data:build_text_collator'},
+    builtins={'text_collator': 'llmfoundry.data.text_data:build_text_collator', 'finetuning_collator': 'llmfoundry.data.finetuning.dataloader:build_collate_fn'},
 )
 
 data_specs = create_registry(

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import warnings
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 import torch
 from composer.core import DataSpec
-from streaming import Stream, StreamingDataset
-from streaming.base.dataset import _ShardState
+from streaming import Stream
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry import dist
 from llmfoundry.data import shard_checks
 from llmfoundry.data import streams as stream_settings
+from llmfoundry.data.checked_streaming import CheckedStreamingDataset
 from llmfoundry.data.dataloader import TextDataLoader, loader_arguments
 from llmfoundry.data.preview import print_batches
-from llmfoundry.data.shm_hygiene import SharedFailure, exclusive_start
 from llmfoundry.data.text_collators import ConcatenatedSequenceCollatorWrapper, build_text_collator
 from llmfoundry.errors import ConfigError, ConfigProblem, DataError, NotEnoughDatasetSamplesError
 from llmfoundry.registry import collators, construct_from_registry, data_specs, dataset_replication_validators
@@ -50,7 +48,7 @@ def dataset_keys() -> set[str]:
     return (set(stream_settings.streaming_argument_names()) | set(_OWN_DATASET_KEYS) | set(LOADER_DATASET_KEYS)) - set(_FILLED_IN)
 
 
-class StreamingTextDataset(StreamingDataset):
+class StreamingTextDataset(CheckedStreamingDataset):
     """Samples of ``max_seq_len`` tokens from MDS shards.
 
     A sample is ``{'input_ids', 'attention_mask'}``, int64 tensors ``(max_seq_len,)``. The column ``text``, if there is one, is tokenised, truncated and padded;
@@ -94,124 +92,22 @@ class StreamingTextDataset(StreamingDataset):
         self.max_seq_len = int(max_seq_len)
         self.token_encoding_type = token_encoding_type
         self._vocab_size = num_token_ids(tokenizer)
-        self._hash_checked: set[int] = set()
-        self._size_checked: set[int] = set()
-        sources = [(s._local, s.remote, s.split or arguments.get('split')) for s in streams or ()] or [(local, remote, arguments.get('split'))]
-        with exclusive_start(check=lambda: self._check_sources(sources)):
-            try:
-                super().__init__(streams=streams, **arguments)
-            except (OSError, ValueError, RuntimeError) as e:
-                raise self._explain_failed_start(e, sources) from e
-        columns = {shard_checks.check_columns(self._folder(s), shard_checks.read_index(self._folder(s)), self.max_seq_len) for s in self.streams}
+        super().__init__(streams=streams, **arguments)
+        columns = {shard_checks.check_columns(self.folder_of(s), shard_checks.read_index(self.folder_of(s)), self.max_seq_len) for s in self.streams}
         if 'text' in columns and tokenizer.pad_token_id is None:
             raise shard_checks.UnusableColumnsError(
                 f'the samples are raw text, which is padded to max_seq_len {self.max_seq_len}, but the tokenizer has no pad token. '
                 f"Set tokenizer.kwargs.pad_token: '{tokenizer.eos_token}', or prepare the data with --concat_tokens {self.max_seq_len}",
-                file=self._folder(self.streams[0]),
+                file=self.folder_of(self.streams[0]),
             )
 
-    def _check_sources(self, sources: Sequence[tuple[str | None, str | None, str | None]]) -> None:
-        """Everything that can be seen in local files before Streaming opens them; sources are (local, remote, split)."""
-        for local, remote, split in sources:
-            local_only = stream_settings.is_local_only(remote, local)
-            if local is None:
-                continue
-            if local_only:
-                folder = shard_checks.check_local_folder(local, split)
-            else:
-                folder = os.path.join(local, split or '')
-                if not os.path.isfile(os.path.join(folder, shard_checks.INDEX)):
-                    continue
-            index = shard_checks.read_index(folder)
-            shard_checks.check_columns(folder, index, self.max_seq_len)
-            shard_checks.check_local_shards(folder, index, has_remote=not local_only)
+    def check_folder(self, folder: str, index: Mapping[str, Any]) -> None:
+        """The samples must hold ``text``, or ``tokens`` of enough length."""
+        shard_checks.check_columns(folder, index, self.max_seq_len)
 
-    def _explain_failed_start(self, error: Exception, sources: Sequence[tuple[str | None, str | None, str | None]]) -> Exception:
-        """What a failed constructor of Streaming means: damaged files first, then a remote without an index, else the error itself."""
-        if isinstance(error, DataError):
-            return error
-        for local, remote, split in sources:
-            folder = os.path.join(local or '', split or '')
-            if local and os.path.isfile(os.path.join(folder, shard_checks.INDEX)):
-                try:
-                    shard_checks.read_index(folder)
-                except DataError as e:
-                    return e
-            elif local and remote:
-                where = f'{remote.rstrip("/")}/{split}' if split else remote
-                return DataError(
-                    f'the index could not be read from there: {type(error).__name__}: {_one_line(error)}. Check `remote` and `split`, and that the folder holds {shard_checks.INDEX}',
-                    file=where,
-                )
-        return error
-
-    @staticmethod
-    def _folder(stream: Stream) -> str:
-        return os.path.join(stream.local, stream.split or '')
-
-    def _shard_path(self, shard_id: int) -> str:
-        return os.path.join(self._folder(self.streams[self.stream_per_shard[shard_id]]), self.shards[shard_id].raw_data.basename)
-
-    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """As Streaming's, but a failure is a DataError that names the file, and does not leave the shard marked as being prepared."""
-        try:
-            super().prepare_shard(shard_id, blocking)
-        except Exception as e:
-            self._shard_states[shard_id] = _ShardState.REMOTE
-            if self._cache_filelock.is_locked:
-                self._cache_filelock.release(force=True)
-            stream = self.streams[self.stream_per_shard[shard_id]]
-            source = f' from {stream.remote}' if stream.remote else ''
-            failure = DataError(f'the shard could not be prepared{source}: {type(e).__name__}: {_one_line(e)}', file=self._shard_path(shard_id))
-            if hasattr(self, '_event'):
-                self._event.publish(str(failure))
-            raise failure from e
-        path = self._shard_path(shard_id)
-        if shard_id not in self._size_checked and self._shard_states[shard_id] == _ShardState.LOCAL:
-            self._size_checked.add(shard_id)
-            problem = shard_checks.file_size_problem(path, self.shards[shard_id].raw_data.bytes)
-            if problem:
-                raise DataError(f'{problem}. Delete it, and it is fetched again; if that does not help, it is damaged where it comes from')
-
-    def on_exception(self, future: Any) -> None:
-        """Tells every worker of the node about the error of a download thread, which Streaming's version only prints."""
-        error = future.exception()
-        if error is not None:
-            self._event.publish(str(error) if isinstance(error, DataError) else f'reading ahead failed: {type(error).__name__}: {_one_line(error)}')
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        if not hasattr(self, '_event'):
-            # Made here and not in the constructor, since it cannot be pickled to workers that are spawned.
-            self._event = SharedFailure(os.path.join(self._filelock_root, f'{self._shm_prefix_int:06d}_failure'))
-        yield from super().__iter__()
-        # Streaming ends the epoch early, as if the data were used up, when a download thread fails.
-        if self._event.is_set():
-            raise DataError(self._event.reason())
-
-    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, torch.Tensor]:
-        """The sample with this index over all shards, as tensors."""
-        shard_id, position = self.spanner[sample_id]
-        try:
-            sample = super().get_item(sample_id, retry)
-        except DataError:
-            raise
-        except (OSError, ValueError, IndexError, RuntimeError, KeyError, TypeError) as e:
-            if hasattr(self, '_event') and self._event.reason():
-                raise DataError(self._event.reason()) from e
-            raise DataError(f'cannot be read: {type(e).__name__}: {_one_line(e)}', file=self._shard_path(shard_id), sample=int(position)) from e
-        if shard_id not in self._hash_checked:
-            self._check_hash(shard_id)
-        if 'text' in sample:
-            return self._tokenize(sample['text'])
-        return self._read_tokens(sample['tokens'], self._shard_path(shard_id), int(position))
-
-    def _check_hash(self, shard_id: int) -> None:
-        """Streaming compares hashes of downloads only; here also what lay in `local` already is compared, once per process, if ``validate_hash`` is set."""
-        algorithm = self.streams[self.stream_per_shard[shard_id]].validate_hash
-        if algorithm:
-            info = self.shards[shard_id].raw_data
-            shard_checks.check_hash(self._shard_path(shard_id), {'hashes': info.hashes}, algorithm)
-        self._hash_checked.add(shard_id)
+    def decode(self, sample: dict[str, Any], path: str, position: int) -> dict[str, torch.Tensor]:
+        """The sample as tensors."""
+        return self._tokenize(sample['text']) if 'text' in sample else self._read_tokens(sample['tokens'], path, position)
 
     def _tokenize(self, text: str | bytes) -> dict[str, torch.Tensor]:
         text = text.decode('utf-8') if isinstance(text, bytes) else text
@@ -237,10 +133,6 @@ class StreamingTextDataset(StreamingDataset):
                 sample=position,
             )
         return {'input_ids': torch.from_numpy(ids), 'attention_mask': torch.ones(self.max_seq_len, dtype=torch.int64)}
-
-
-def _one_line(error: BaseException) -> str:
-    return ' '.join(str(error).split())
 
 
 def check_separator_ids(dataset_cfg: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
