@@ -32,6 +32,7 @@ from llmfoundry.loggers.console import TrainConsoleLogger
 from llmfoundry.models.cpu_autocast import wrap_forward
 from llmfoundry.models.mpt import param_count
 from llmfoundry.tokenizers.build import check_vocab
+from llmfoundry.typed_registry import resolve_target
 
 __all__ = [
     'build_algorithms',
@@ -103,13 +104,16 @@ def build_profiler(block: Mapping[str, Any] | None) -> Profiler | None:
 
 
 def build_callbacks(cfg: TrainConfig, logged_cfg: Mapping[str, Any]) -> list[Callback]:
-    """The ``callbacks`` block, and ours: the stop at a loss that is not finite, and for local folders the saver whose writes are whole."""
+    """The ``callbacks`` block, and ours: the stop at a loss that is not finite, for local folders the saver whose writes are whole, and the saver of adapters."""
     callbacks = [builders.build_callback(name, kwargs, train_config=logged_cfg) for name, kwargs in (cfg.callbacks or {}).items()]
     callbacks.append(NonFiniteLossStopper())
     if cfg.device_train_microbatch_size == 'auto':
         callbacks.append(MicrobatchMemory(cfg.device_train_batch_size))
     if local_folder(cfg.save_folder, cfg.run_name) is not None:
         callbacks.append(_checkpoint_saver(cfg))
+    if cfg.save_folder is not None and (cfg.model.get('peft_config') or cfg.model.get('pretrained_lora_id_or_path')):
+        adapter_saver = resolve_target('llmfoundry.callbacks.adapter_saver:AdapterSaver')  # most runs need none of the export code
+        callbacks.append(adapter_saver(cfg.save_folder, cfg.save_interval, cfg.save_num_checkpoints_to_keep))
     return callbacks
 
 

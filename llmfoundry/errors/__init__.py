@@ -16,7 +16,7 @@ from llmfoundry.errors.base import (
     NetworkError,
     UserError,
 )
-from llmfoundry.errors.checkpoints import CheckpointError, ParityError, UnsafeCheckpointError
+from llmfoundry.errors.checkpoints import AdapterMismatchError, CheckpointError, ParityError, UnsafeCheckpointError
 from llmfoundry.errors.datasets_and_files import (
     CannotUnicodeDecodeFile,
     DatasetTooSmallError,
@@ -67,6 +67,8 @@ from llmfoundry.errors.training import (
     HighLossError,
     LossSpikeError,
     NaNLossError,
+    PackingNotSupportedError,
+    PackingSelfTestError,
     RunTimeoutError,
 )
 
@@ -74,6 +76,7 @@ __all__ = [
     'ALLOWED_MESSAGES_KEYS',
     'ALLOWED_PROMPT_KEYS',
     'ALLOWED_RESPONSE_KEYS',
+    'AdapterMismatchError',
     'BaseContextualError',
     'CannotUnicodeDecodeFile',
     'ChatTemplateError',
@@ -119,6 +122,8 @@ __all__ = [
     'NotEnoughChatDataError',
     'NotEnoughDatasetSamplesError',
     'OutputFolderNotEmptyError',
+    'PackingNotSupportedError',
+    'PackingSelfTestError',
     'ParityError',
     'RunTimeoutError',
     'StoragePermissionError',

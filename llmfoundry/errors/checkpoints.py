@@ -13,3 +13,7 @@ class UnsafeCheckpointError(CheckpointError):
 
 class ParityError(CheckpointError):
     """An exported model that does not compute what the trained model computes."""
+
+
+class AdapterMismatchError(ValueError):
+    """A PEFT adapter that was made for another base model."""

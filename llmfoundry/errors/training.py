@@ -51,3 +51,28 @@ class NaNLossError(UserError):
             rank=rank,
             value=value,
         )
+
+
+class PackingNotSupportedError(UserError):
+    """A batch holds several documents per row and the model cannot keep them apart."""
+
+    def __init__(self, model: str, backend: str, reason: str) -> None:
+        super().__init__(
+            f'{model} (attention {backend}) cannot keep documents that share a row apart: {reason}. Documents would attend to each other. '
+            'Set packing: false (packing_ratio: 1.0) in the dataset; for rows cut from a token stream drop eos_token_id or bos_token_id from the dataset, which says that crossing documents is wanted.',
+            model=model,
+            backend=backend,
+            reason=reason,
+        )
+
+
+class PackingSelfTestError(UserError):
+    """Documents packed in a row do not get the loss that they get alone; raised before the first step."""
+
+    def __init__(self, backend: str, reason: str) -> None:
+        super().__init__(
+            f'Packing self-test failed for {backend}: {reason}. Training on packed rows would be wrong without any other sign. '
+            'Set packing: false (packing_ratio: 1.0) in the dataset, or another attention: model.attn_implementation: sdpa for hf_causal_lm, attn_config.attn_uses_sequence_id: true for mpt_causal_lm.',
+            backend=backend,
+            reason=reason,
+        )

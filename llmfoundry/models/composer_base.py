@@ -9,9 +9,9 @@ mean over the tokens of the global batch.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
+import re
 from typing import Any, Iterator, Literal, Mapping, Sequence
 
 import torch
@@ -20,11 +20,17 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmfoundry import registry
+from llmfoundry.models.hf import adapters
+from llmfoundry.models.hf.packing import PackingRoute, separate_documents
 from llmfoundry.models.losses import LossOutput, get_loss_fn, shift_labels
+from llmfoundry.tokenizers.build import num_token_ids
 
 __all__ = ['BaseHuggingFaceModel', 'build_metrics', 'default_metrics']
 
 log = logging.getLogger(__name__)
+
+# What activation checkpointing and torch.compile leave in names.
+_WRAPPER = re.compile(r'(?:_checkpoint_wrapped_module|_orig_mod)\.')
 
 DEFAULT_METRICS = ('language_cross_entropy', 'language_perplexity', 'token_accuracy')
 
@@ -41,6 +47,26 @@ def build_metrics(names: Sequence[str]) -> list[Metric]:
 def default_metrics(additional: Sequence[str] | None = None) -> list[Metric]:
     """Cross entropy, perplexity and accuracy per token, and those that the config adds."""
     return build_metrics([*DEFAULT_METRICS, *(additional or ())])
+
+
+def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, allow_resizing: bool) -> None:
+    """Grows the embeddings to the highest token id of ``tokenizer``, if that is allowed. New rows get the mean of the old ones and some noise, except on the meta device.
+
+    Raises:
+        ValueError: they are too small and ``allow_resizing`` is off.
+    """
+    rows, needed = model.get_input_embeddings().weight.shape[0], num_token_ids(tokenizer)
+    if rows >= needed:
+        return
+    if not allow_resizing:
+        raise ValueError(
+            f'The tokenizer has {needed} token ids and the embeddings of the model only {rows} rows, so ids from {rows} on would have no embedding. '
+            'Set model.allow_embedding_resizing: true to add rows, or use the tokenizer of the model.',
+        )
+    log.warning('the embeddings of the model grow from %d to %d rows, for the tokenizer; the new rows hold the mean of the others until they are trained', rows, needed)
+    model.resize_token_embeddings(needed, mean_resizing=not model.get_input_embeddings().weight.is_meta)
+    # The new rows are in no folder of the base model, so adapters have to carry them.
+    setattr(model, adapters.RESIZED, True)
 
 
 @contextlib.contextmanager
@@ -65,8 +91,8 @@ class BaseHuggingFaceModel(composer_hf.HuggingFaceModel):
         additional_train_metrics: registry names of metrics on training batches, besides the default ones.
         additional_eval_metrics: the same for evaluation.
         allow_embedding_resizing: grow the embeddings if the tokenizer has more tokens than the model, instead of failing.
-        peft_config: LoRA adapter to add.
-        should_save_peft_only: checkpoints hold the adapter only.
+        peft_config: config of the adapter to add, of any class of PEFT's.
+        should_save_peft_only: checkpoints hold the adapter only: what it added, what it trains, and embeddings that were resized.
 
     Raises:
         ValueError: unknown loss or metric; more tokens than embeddings.
@@ -91,6 +117,10 @@ class BaseHuggingFaceModel(composer_hf.HuggingFaceModel):
         should_save_peft_only: bool = True,
     ) -> None:
         self_loss_fn = get_loss_fn(loss_fn)
+        if tokenizer is not None:
+            fit_embeddings(model, tokenizer, allow_embedding_resizing)
+        if peft_config is not None:
+            model = adapters.add_adapter(model, peft_config)
         with _without_causal_lm_scan():
             super().__init__(
                 model=model,
@@ -100,14 +130,51 @@ class BaseHuggingFaceModel(composer_hf.HuggingFaceModel):
                 eval_metrics=default_metrics(additional_eval_metrics),
                 shift_labels=True,
                 allow_embedding_resizing=allow_embedding_resizing,
-                peft_config=peft_config,
                 should_save_peft_only=should_save_peft_only,
             )
         self.loss_fn = self_loss_fn
         self.loss_token_scale = 1.0
+        self._packing_routes: dict[str, PackingRoute] = {}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The weights; of an adapted model with ``should_save_peft_only`` those that are not the frozen base model's."""
+        if not self.saves_adapter_only:
+            return super(composer_hf.HuggingFaceModel, self).state_dict(*args, **kwargs)
+        state = super(composer_hf.HuggingFaceModel, self).state_dict(*args, **kwargs)
+        prefix = f'{kwargs.get("prefix", "")}model.'
+        for name in [name for name in state if self._is_frozen(name, prefix)]:
+            del state[name]
+        return state
+
+    def adapter_state_dict(self) -> dict[str, torch.Tensor]:
+        """Of an adapted model, what is not the frozen base model, by the names that PEFT's model gives; sharded as the model is."""
+        state = self.model.state_dict()
+        return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor) and not self._is_frozen(name, '')}
+
+    @property
+    def saves_adapter_only(self) -> bool:
+        """Whether checkpoints leave the base model out."""
+        return self.using_peft and self.should_save_peft_only
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads weights. Frozen weights of the base model may be missing as long as all are: those come from its own files.
+
+        Raises:
+            RuntimeError: ``strict``, and other names are missing or unknown.
+        """
+        if not self.using_peft or any(self._is_frozen(name) for name in state_dict):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [name for name in result.missing_keys if not self._is_frozen(name)]
+        if strict and (missing or result.unexpected_keys):
+            raise RuntimeError(f'the checkpoint does not hold the adapter of this model. Missing: {missing[:8]}; unknown: {result.unexpected_keys[:8]}. Was peft_config changed?')
+        return type(result)(missing, result.unexpected_keys)
+
+    def _is_frozen(self, name: str, prefix: str = 'model.') -> bool:
+        return _WRAPPER.sub('', name).removeprefix(prefix) in getattr(self.model, adapters.FROZEN_NAMES, ())
 
     def get_metadata(self) -> dict[str, Any]:
-        """The files that a checkpoint needs to be exported later: config, adapter config and tokenizer.
+        """The files that a checkpoint needs to be exported later: config, adapter config, generation config and tokenizer.
 
         ``metadata_form`` decides in which form. ``parsed``: Composer's, dictionaries and lists, which its converters read. ``text``: the content of each file as one string, for
         sharded checkpoints, since torch saves a nested dictionary value by value (100,000 for GPT-2's tokenizer: 36 MB of metadata and half a minute per checkpoint) and drops the
@@ -116,6 +183,12 @@ class BaseHuggingFaceModel(composer_hf.HuggingFaceModel):
         if self.metadata_form == 'none':
             return {}
         files = super().get_metadata()
+        inner = self.model.get_base_model() if self.using_peft else self.model
+        # An adapter belongs to a model of this class; PEFT's own says nothing about it.
+        files['model']['config']['class'] = f'{type(inner).__module__}.{type(inner).__name__}'
+        generation = getattr(inner, 'generation_config', None)
+        if generation is not None:
+            files['model']['generation_config'] = {'file_extension': '.json', 'content': json.loads(generation.to_json_string(use_diff=True))}
         if self.metadata_form == 'text':
             return {group: {name: _as_text(entry) for name, entry in entries.items()} for group, entries in files.items()}
         return files
@@ -124,11 +197,14 @@ class BaseHuggingFaceModel(composer_hf.HuggingFaceModel):
         """Runs the model. With ``labels`` in the batch the output's ``loss`` is a ``LossOutput`` and there are no logits; without, there are logits.
 
         Args:
-            batch: ``input_ids`` (batch, seq) and what else the model's forward takes; other keys are left out.
+            batch: ``input_ids`` (batch, seq) and what else the model's forward takes; other keys are left out. ``sequence_id`` (batch, seq) names each token's document.
+
+        Raises:
+            PackingNotSupportedError: rows hold several documents, and the model has no way to keep them apart.
         """
         inputs = {key: value for key, value in batch.items() if key in self.model_forward_args}
-        if 'sequence_id' in batch and 'sequence_id' not in inputs:
-            _warn_about_packing(type(self.model).__name__)
+        if batch.get('sequence_id') is not None and 'sequence_id' not in inputs:
+            inputs = separate_documents(self.model, inputs, batch['sequence_id'], self._packing_routes)
         if inputs.get('labels') is not None:
             return self.model(**inputs, loss_fn=self.loss_fn)
         return self.model(**inputs)
@@ -174,15 +250,6 @@ class BaseHuggingFaceModel(composer_hf.HuggingFaceModel):
     def _logits(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """(batch, seq, vocab) logits by a pass of their own."""
         return self.forward({key: value for key, value in batch.items() if key != 'labels'})['logits']
-
-
-@functools.cache
-def _warn_about_packing(model_name: str) -> None:
-    """Once per model class: silence here would be a loss that looks right and is not what the user asked for."""
-    log.warning(
-        f'{model_name} takes no sequence_id: documents that share a row attend to each other, although eos_token_id or bos_token_id of the dataset marks where they end. '
-        'Use mpt_causal_lm with attn_config.attn_uses_sequence_id: true to keep them apart, or drop the id to say that this is wanted.',
-    )
 
 
 def _needs_logits(metric: Metric) -> bool:

@@ -5,20 +5,25 @@ The model keeps transformers' own modules and parameter names; only its loss is 
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Mapping, Sequence
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from llmfoundry.models.composer_base import BaseHuggingFaceModel
+from llmfoundry import dist
+from llmfoundry.models.composer_base import BaseHuggingFaceModel, fit_embeddings
+from llmfoundry.models.hf.adapters import build_peft_config, load_adapter
 from llmfoundry.models.hf.fsdp import prepare_hf_model_for_fsdp
 from llmfoundry.models.hf.fused_head import add_loss_to_forward
 from llmfoundry.models.hf.load import load_causal_lm, load_config, resolve_attn_implementation
 
-__all__ = ['ComposerHFCausalLM', 'build_lora_config']
+__all__ = ['ComposerHFCausalLM']
+
+log = logging.getLogger(__name__)
 
 
 class ComposerHFCausalLM(BaseHuggingFaceModel):
-    """A transformers causal LM, newly initialised or pretrained, with an optional LoRA adapter.
+    """A transformers causal LM, newly initialised or pretrained, with an optional PEFT adapter.
 
     Args:
         tokenizer: saved in checkpoints; must not have more tokens than the model unless ``allow_embedding_resizing``.
@@ -31,12 +36,12 @@ class ComposerHFCausalLM(BaseHuggingFaceModel):
         load_in_8bit: quantise frozen weights with bitsandbytes.
         init_device: ``cpu``, ``meta`` (weights come later) or ``mixed`` (only global rank 0 loads weights).
         config_overrides: attributes of the config to set; nested dicts are merged.
-        peft_config: ``peft_type: LORA``, ``task_type: CAUSAL_LM`` and arguments of peft's ``LoraConfig``.
+        peft_config: a new adapter: ``peft_type`` (LORA unless given), ``task_type: CAUSAL_LM`` and the arguments of that method's config class in PEFT.
         use_train_metrics: whether metrics are computed on training batches.
         allow_embedding_resizing: grow the embeddings to the tokenizer.
         additional_train_metrics: registry names of further metrics on training batches.
         additional_eval_metrics: the same for evaluation.
-        should_save_peft_only: with an adapter, checkpoints hold it alone.
+        should_save_peft_only: with an adapter, checkpoints hold it alone. Not with ``pretrained: false``: no other file would have the base model.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``; None leaves the choice to transformers.
         loss_fn: ``fused_crossentropy`` or ``torch_crossentropy``.
 
@@ -67,20 +72,27 @@ class ComposerHFCausalLM(BaseHuggingFaceModel):
         attn_implementation: str | None = None,
         loss_fn: str = 'fused_crossentropy',
     ) -> None:
-        lora_config = None if peft_config is None else build_lora_config(peft_config)
+        adapter_config = None if peft_config is None else build_peft_config(peft_config)
+        has_adapter = adapter_config is not None or pretrained_lora_id_or_path is not None
+        _check_adapter_settings(peft_config, pretrained_lora_id_or_path, load_in_8bit, init_device)
         attn_implementation = resolve_attn_implementation(attn_implementation, use_flash_attention_2)
         config = load_config(pretrained_model_name_or_path, trust_remote_code, use_auth_token, attn_implementation, config_overrides)
         model = load_causal_lm(pretrained_model_name_or_path, config, pretrained, init_device, trust_remote_code, use_auth_token, load_in_8bit)
         model = add_loss_to_forward(model)
+        if tokenizer is not None:
+            fit_embeddings(model, tokenizer, allow_embedding_resizing)
+        if has_adapter and should_save_peft_only and not pretrained:
+            log.warning('should_save_peft_only: true has no effect with pretrained: false, since the random base model is in no other file; checkpoints hold all weights')
+            should_save_peft_only = False
         super().__init__(
-            model=model if pretrained_lora_id_or_path is None else _load_adapter(model, pretrained_lora_id_or_path),
+            model=model if pretrained_lora_id_or_path is None else load_adapter(model, pretrained_lora_id_or_path, use_auth_token),
             tokenizer=tokenizer,
             loss_fn=loss_fn,
             use_train_metrics=use_train_metrics,
             additional_train_metrics=additional_train_metrics,
             additional_eval_metrics=additional_eval_metrics,
             allow_embedding_resizing=allow_embedding_resizing,
-            peft_config=lora_config,
+            peft_config=adapter_config,
             should_save_peft_only=should_save_peft_only,
         )
         prepare_hf_model_for_fsdp(model, outer=self.model)
@@ -100,32 +112,17 @@ class ComposerHFCausalLM(BaseHuggingFaceModel):
         return batch_size * ((4 * n_params + 2 * n_trainable) * seq_len + attention)
 
 
-def build_lora_config(peft_config: Mapping[str, Any]) -> Any:
-    """Turns the ``peft_config`` block into peft's ``LoraConfig``.
+def _check_adapter_settings(peft_config: Mapping[str, Any] | None, adapter: str | None, load_in_8bit: bool, init_device: str) -> None:
+    """Settings that exclude each other, before anything is loaded.
 
     Raises:
-        ImportError: peft is not installed.
-        ValueError: another ``peft_type`` or ``task_type`` than LORA and CAUSAL_LM (in any case), or an argument that ``LoraConfig`` does not have.
+        ValueError: the two ways to have an adapter together; 8-bit weights without one; an adapter on a model that has no weights yet.
     """
-    options = dict(peft_config)
-    for key, expected in (('peft_type', 'LORA'), ('task_type', 'CAUSAL_LM')):
-        value = options.pop(key, expected)
-        if str(value).upper() != expected:
-            raise ValueError(f'peft_config.{key}: got {value!r}, only {expected} is supported.')
-    lora_config_class = _import_peft('peft_config').LoraConfig
-    try:
-        return lora_config_class(task_type='CAUSAL_LM', **options)
-    except TypeError as e:
-        raise ValueError(f'peft_config: {e}. The other keys are the arguments of peft.LoraConfig.') from e
-
-
-def _load_adapter(model: PreTrainedModel, adapter: str) -> Any:
-    return _import_peft('pretrained_lora_id_or_path').PeftModel.from_pretrained(model, adapter, is_trainable=True)
-
-
-def _import_peft(key: str) -> Any:
-    try:
-        import peft
-    except ImportError as e:
-        raise ImportError(f"{key} needs the peft package: pip install -e '.[peft]'") from e
-    return peft
+    if peft_config is not None and adapter is not None:
+        raise ValueError('peft_config makes a new adapter and pretrained_lora_id_or_path loads one: set one of them.')
+    has_adapter = peft_config is not None or adapter is not None
+    if load_in_8bit and not has_adapter:
+        raise ValueError('load_in_8bit: true freezes the weights, so there is nothing to train: set peft_config (or pretrained_lora_id_or_path), or load_in_8bit: false.')
+    # With mixed, every rank but the first is told meta.
+    if has_adapter and init_device == 'meta' and dist.get_global_rank() == 0:
+        raise ValueError('init_device: meta with an adapter: adapters start from the weights of the base model, which a meta model does not have; use init_device: mixed (or cpu).')
