@@ -22,6 +22,16 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     'gemma2': ('Gemma2Config', {**_KW, 'head_dim': 8, 'num_key_value_heads': 1, 'final_logit_softcapping': 2.0}),
     'granite': ('GraniteConfig', {**_KW, 'logits_scaling': 4.0}),
     'cohere': ('CohereConfig', {**_KW, 'logit_scale': 0.3}),
+    'qwen2': ('Qwen2Config', {**_KW, 'num_key_value_heads': 1}),
+    'qwen3': ('Qwen3Config', {**_KW, 'head_dim': 8, 'num_key_value_heads': 1}),
+    'mistral': ('MistralConfig', {**_KW, 'num_key_value_heads': 1, 'sliding_window': 3}),
+    'gemma': ('GemmaConfig', {**_KW, 'head_dim': 8, 'num_key_value_heads': 1}),
+    'gemma3': ('Gemma3TextConfig', {**_KW, 'head_dim': 8, 'num_key_value_heads': 1, 'sliding_window': 3, 'layer_types': ['sliding_attention', 'full_attention']}),
+    'gpt_oss': ('GptOssConfig', {
+        **_KW, 'head_dim': 8, 'num_key_value_heads': 1, 'num_local_experts': 2, 'num_experts_per_tok': 1, 'sliding_window': 3, 'layer_types': ['sliding_attention', 'full_attention'],
+    }),
+    'falcon': ('FalconConfig', {'vocab_size': 67, 'hidden_size': 16, 'num_hidden_layers': 2, 'num_attention_heads': 2, 'alibi': False, 'bos_token_id': 1, 'eos_token_id': 1}),
+    'mamba': ('MambaConfig', {'vocab_size': 67, 'hidden_size': 16, 'num_hidden_layers': 2, 'state_size': 4}),
     'mixtral': ('MixtralConfig', {**_KW, 'num_key_value_heads': 1, 'num_local_experts': 2}),
 }
 

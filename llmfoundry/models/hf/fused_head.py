@@ -68,7 +68,12 @@ def _fused(model: Any, loss_fn: LossFn, labels: torch.Tensor, args: tuple[Any, .
 
 def _last_hidden_state(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """(batch, seq, hidden_size), after the final norm."""
-    return model.base_model(*args, **{**kwargs, 'return_dict': True})[0]
+    return _decoder(model)(*args, **{**kwargs, 'return_dict': True})[0]
+
+
+def _decoder(model: Any) -> Any:
+    """What stands before the head. ``base_model`` is the model itself where its prefix names no attribute (Gemma 3 before transformers 5)."""
+    return model.base_model if model.base_model is not model else model.get_decoder()
 
 
 def _logit_scale(config: Any) -> float | None:
@@ -99,7 +104,7 @@ def _has_plain_head(model: Any, args: tuple[Any, ...]) -> bool:
     # An adapter around the head (LoRA, modules_to_save) computes more than weight and bias say.
     is_linear = isinstance(head, nn.Linear) and not hasattr(head, 'base_layer')
     adds_router_loss = bool(getattr(model.config, 'output_router_logits', False))
-    return is_linear and not args and model.base_model is not model and not adds_router_loss
+    return is_linear and not args and _decoder(model) not in (None, model) and not adds_router_loss
 
 
 @torch.compiler.disable
@@ -118,4 +123,6 @@ def _agrees_on_a_few_tokens(model: Any, cls: type, kwargs: dict[str, Any]) -> bo
     finally:
         for module in training_modules:
             module.training = True
+        # Autocast keeps the weights that it has cast; these were cast without gradients, and the pass that follows would train nothing.
+        torch.clear_autocast_cache()
     return bool((logits - own).norm() <= _TOLERANCE * own.norm())
