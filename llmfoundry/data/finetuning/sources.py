@@ -19,6 +19,7 @@ import datasets
 import pyarrow as pa
 
 from llmfoundry.data.finetuning.downloads import download_file, download_folder, download_split
+from llmfoundry.data.finetuning.packed_rows import one_row_per_document
 from llmfoundry.data.finetuning.safe_load import HUGGINGFACE_FOLDER_EXTENSIONS, SUPPORTED_EXTENSIONS, check_files, download_safely
 from llmfoundry.data.remote_files import is_remote
 from llmfoundry.errors import FinetuningFileNotFoundError, MisconfiguredHfDatasetError, MissingHuggingFaceURLSplitError
@@ -33,7 +34,7 @@ _OWN_KEYS = {'path': 'hf_name', 'split': 'split', 'streaming': None}
 
 
 def load_rows(hf_name: str, split: str | None, hf_kwargs: Mapping[str, Any] | None = None, safe_load: bool = False) -> datasets.Dataset:
-    """Opens a data set.
+    """Opens a data set. Rows that were packed before they were saved come one per document.
 
     Args:
         hf_name: name on the Hub, name of a builder, path of a file or folder, or URI of a file or of a folder that holds ``{split}.csv``,
@@ -49,6 +50,11 @@ def load_rows(hf_name: str, split: str | None, hf_kwargs: Mapping[str, Any] | No
         MisconfiguredHfDatasetError: the files cannot be read as they say they can; the reason names the file.
         ValueError: ``hf_kwargs`` holds a key of ours, or the data set has no such split.
     """
+    rows = _open_rows(hf_name, split, hf_kwargs, safe_load)
+    return one_row_per_document(rows, describe_source(hf_name, split, hf_kwargs), fingerprint(rows))
+
+
+def _open_rows(hf_name: str, split: str | None, hf_kwargs: Mapping[str, Any] | None, safe_load: bool) -> datasets.Dataset:
     if not split:
         raise MissingHuggingFaceURLSplitError()
     kwargs = dict(hf_kwargs or {})
