@@ -10,6 +10,7 @@ from typing import Any
 
 from llmfoundry import registry
 from llmfoundry.config.blocks import check_block, check_kwargs, check_name, check_type, expect_mapping, target_signature
+from llmfoundry.config.finetuning_block import check_finetuning_dataset
 from llmfoundry.config.mpt_block import MPT_SUB_BLOCKS, MPTBlock
 from llmfoundry.config.report import KeyPath, Report
 from llmfoundry.config.signatures import Parameter, Signature, read_fields, read_signature
@@ -163,6 +164,8 @@ def _check_loader(report: Report, path: KeyPath, block: Mapping[str, Any]) -> No
     name, dataset = block.get('name'), block.get('dataset')
     if isinstance(name, str) and name in DATASET_TARGETS and isinstance(dataset, Mapping):
         _check_dataset(report, (*path, 'dataset'), dataset, name)
+    elif name == 'finetuning' and isinstance(dataset, Mapping):
+        check_finetuning_dataset(report, (*path, 'dataset'), dataset)
 
 
 def dataset_signature(loader_name: str) -> Signature:

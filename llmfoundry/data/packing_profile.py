@@ -19,7 +19,7 @@ from llmfoundry import dist
 from llmfoundry.data.packing import BinPackCollator, best_fit, choose_bins
 from llmfoundry.registry import dataloaders
 
-__all__ = ['PackingProfile', 'auto_packing_ratio', 'integer_ratio', 'profile_packing', 'profile_ratio']
+__all__ = ['PackingProfile', 'auto_packing_ratio', 'example_lengths', 'integer_ratio', 'profile_packing', 'profile_ratio']
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +29,11 @@ _SMALLEST_MEAN_EXAMPLE = 100
 
 
 class PackingProfile(NamedTuple):
-    """One packing ratio: shares of positions that are padding, and of tokens that did not fit; None where there was no batch to try it on."""
+    """One packing ratio: positions that are padding, and tokens that did not fit, in percent; None where there was no batch to try it on."""
 
     packing_ratio: float
-    padding: float | None
-    waste: float | None
+    padding_percent: float | None
+    waste_percent: float | None
 
 
 def integer_ratio(lengths: Sequence[int] | np.ndarray, rows: int, capacity: int) -> int:
@@ -70,7 +70,7 @@ def profile_ratio(lengths: Sequence[int] | np.ndarray, rows: int, capacity: int,
         packed_rows += len(chosen)
     if not total_tokens:
         return PackingProfile(ratio, None, None)
-    return PackingProfile(ratio, 1 - packed_tokens / (packed_rows * capacity), 1 - packed_tokens / total_tokens)
+    return PackingProfile(ratio, 100 * (1 - packed_tokens / (packed_rows * capacity)), 100 * (1 - packed_tokens / total_tokens))
 
 
 def _unpacked(dataloader_cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,6 +89,16 @@ def _example_batches(dataloader_cfg: Mapping[str, Any], tokenizer: PreTrainedTok
         yield from islice(loader, max(1, num_examples // batch_size))
     finally:
         reproducibility.load_rng_state(state)
+
+
+def _profiled_batches(dataloader_cfg: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, device_batch_size: int, max_ratio: float) -> list[dict[str, torch.Tensor]]:
+    # Ten times as many rows per loader batch only to have fewer of them.
+    return list(_example_batches(dataloader_cfg, tokenizer, 10 * device_batch_size, int(_BATCHES_PER_PROFILE * device_batch_size * max_ratio)))
+
+
+def example_lengths(dataloader_cfg: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, device_batch_size: int, max_ratio: float) -> list[int]:
+    """Tokens of each of the first examples of a loader, as many as ``profile_packing`` looks at."""
+    return [int(n) for batch in _profiled_batches(dataloader_cfg, tokenizer, device_batch_size, max_ratio) for n in batch['attention_mask'].sum(-1)]
 
 
 def profile_packing(
@@ -126,11 +136,10 @@ def profile_packing(
     dataset = dataloader_cfg['dataset']
     capacity, leftovers = int(dataset.get('max_seq_len', 2048)), dataset.get('max_leftover_bins_to_keep')
     ratios = sorted({float(ratio) for ratio in np.round(np.linspace(min_ratio, max_ratio, num_packing_ratios), 2)})
-    # Ten times as many rows per loader batch only to have fewer of them.
-    batches = list(_example_batches(dataloader_cfg, tokenizer, 10 * device_batch_size, int(_BATCHES_PER_PROFILE * device_batch_size * ratios[-1])))
     if packing_collator_cls is BinPackCollator:
-        lengths = [int(n) for batch in batches for n in batch['attention_mask'].sum(-1)]
+        lengths = example_lengths(dataloader_cfg, tokenizer, device_batch_size, ratios[-1])
         return [profile_ratio(lengths, device_batch_size, capacity, ratio, leftovers) for ratio in ratios]
+    batches = _profiled_batches(dataloader_cfg, tokenizer, device_batch_size, ratios[-1])
     rows = [{key: batch[key][i] for key in ('input_ids', 'labels', 'attention_mask')} for batch in batches for i in range(len(batch['input_ids']))]
     return [_run_collator(rows, tokenizer, device_batch_size, capacity, ratio, packing_collator_cls, inner_collator) for ratio in ratios]
 
@@ -146,7 +155,7 @@ def _run_collator(
     starts = range(0, len(rows) - per_batch + 1, per_batch)
     for start in starts:
         packer.pack({key: torch.stack([row[key] for row in rows[start : start + per_batch]]) for key in rows[0]})
-    return PackingProfile(ratio, 1 - packer.efficiency, packer.waste) if starts else PackingProfile(ratio, None, None)
+    return PackingProfile(ratio, 100 * (1 - packer.efficiency), 100 * packer.waste) if starts else PackingProfile(ratio, None, None)
 
 
 def auto_packing_ratio(
@@ -175,7 +184,7 @@ def auto_packing_ratio(
     found = 1.0
     limit = max_ratio or max_seq_len / _SMALLEST_MEAN_EXAMPLE
     for profile in profile_packing(dataloader_cfg, tokenizer, 1, limit, num_packing_ratios, device_batch_size, packing_collator_cls, inner_collator):
-        if profile.waste is None or profile.waste > 0:
+        if profile.waste_percent is None or profile.waste_percent > 0:
             break
         found = profile.packing_ratio
     # Collectives carry whole numbers.

@@ -99,7 +99,10 @@ def problems(dataset: Mapping[str, Any], streaming_keys: Collection[str] = ()) -
     found: list[Problem] = []
     for rule in (_source, _hf_source, _streaming_source, _lengths, _targets, _packing, _padding):
         found += rule(dataset)
-    return found + unknown_keys(dataset, streaming_keys)[0]
+    misspelt = unknown_keys(dataset, streaming_keys)[0]
+    # One mistake, one line: a key that another one was meant to be is not missing too.
+    meant = {key for _, text in misspelt for key in LOADER_KEYS + HF_KEYS if f'{key!r}' in text and key not in dataset}
+    return [(key, text) for key, text in found if key not in meant] + misspelt
 
 
 def unknown_keys(dataset: Mapping[str, Any], streaming_keys: Collection[str] = ()) -> tuple[list[Problem], list[str]]:
