@@ -27,6 +27,8 @@ CHATML_TEMPLATE = (
 )
 """For tokenizers without a template. Its content may be text or a list of text parts."""
 
+_REMEDY = 'Give a template that keeps what it rendered as tokenizer.kwargs.chat_template, or make one example of each answer'
+
 # What a template raises: its own errors, and those of Python for a value of the wrong kind.
 _TEMPLATE_FAILURES = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
@@ -67,21 +69,36 @@ def chat_turn_texts(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrained
     ends = [i for i, message in enumerate(messages) if message['role'] == 'assistant']
     histories = render_prefixes(messages, ends, tokenizer, add_generation_prompt=True)
     wholes = render_prefixes(messages, [i + 1 for i in ends], tokenizer, add_generation_prompt=False)
+    eos_token = getattr(tokenizer, 'eos_token', None) or ''
     turns, done = [], ''
     for index, history, whole in zip(ends, histories, wholes, strict=True):
+        if turns and eos_token and done.endswith(eos_token) and not history.startswith(done):
+            # Phi-3's template ends the whole conversation, not each turn, with EOS: what goes on has none there.
+            done = done.removesuffix(eos_token)
+            turns[-1] = (turns[-1][0], turns[-1][1].removesuffix(eos_token))
         if not (whole.startswith(done) and history.startswith(done)):
             raise InvalidConversationError(
                 f'up to message {index}, the chat template renders earlier messages differently than before, so what was trained would not be what the model sees later. '
-                f'Before: {_tail(done)}. Now: {_from_difference(done, whole if not whole.startswith(done) else history)}',
+                f'Before: {_tail(done)}. Now: {_from_difference(done, whole if not whole.startswith(done) else history)}. {_REMEDY}',
             )
         if not whole.startswith(history):
             raise InvalidConversationError(
                 f'the prompt before message {index}, with the generation prompt, must be the first part of the conversation with that message. '
-                f'Prompt: {_tail(history)}. Conversation: {_from_difference(history, whole)}',
+                f'Prompt: {_tail(history)}. Conversation: {_from_difference(history, whole)}. {_REMEDY}',
             )
         turns.append((history[len(done) :], whole[len(history) :]))
+        _check_answer_is_rendered(messages, index, turns[-1][1], tokenizer)
         done = whole
     return turns
+
+
+def _check_answer_is_rendered(messages: Sequence[Mapping[str, Any]], index: int, response: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a template that leaves the answer out: those of vision models do, given text where they want a list of parts."""
+    content = messages[index]['content']
+    last_words = content.rstrip()[-40:].split() if isinstance(content, str) else []
+    if last_words and last_words[-1] not in response:
+        reason = f'It leaves out the content of message {index}: {_tail(content)} became {_tail(response)}. It may want content as a list: [{{"type": "text", "text": ...}}]'
+        raise ChatTemplateError(str(chat_template_of(tokenizer)), list(messages), reason)
 
 
 def _tail(text: str, length: int = 80) -> str:

@@ -26,6 +26,7 @@ def with_template(template: str | None) -> Any:
 
 
 PLAIN = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}|{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+REMEDY = 'Give a template that keeps what it rendered as tokenizer.kwargs.chat_template, or make one example of each answer.'
 TALK = chat(('system', 'S'), ('user', 'Q'), ('assistant', 'A'), ('tool', 'T'), ('assistant', 'B'))
 
 
@@ -91,12 +92,12 @@ TOKENIZERS = [with_template(None), smollm2_tokenizer()]
         (
             "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['role'] }}:{{ m['content'] }}|{% endif %}{% endfor %}",
             'Invalid conversation: up to message 3, the chat template renders earlier messages differently than before, so what was trained would not be what the model sees later. '
-            "Before: 'user:Q|assistant:A|'. Now: 'user:Q|user:R|assistant:B|'.",
+            "Before: 'user:Q|assistant:A|'. Now: 'user:Q|user:R|assistant:B|'. " + REMEDY,
         ),
         (
             "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}|{% endfor %}{% if add_generation_prompt %}ASSISTANT{% endif %}",
             'Invalid conversation: the prompt before message 1, with the generation prompt, must be the first part of the conversation with that message. '
-            "Prompt: 'user:Q|ASSISTANT'. Conversation: 'user:Q|assistant:A|'.",
+            "Prompt: 'user:Q|ASSISTANT'. Conversation: 'user:Q|assistant:A|'. " + REMEDY,
         ),
     ],
 )
@@ -114,3 +115,23 @@ def test_templates_that_fail(template: str, cause: str) -> None:
     with pytest.raises(ChatTemplateError) as e:
         chat_turn_texts(TALK[1:3], with_template(template))
     assert str(e.value) == f'Failed to process sample {TALK[1:3]} with template {template}. {cause}'
+
+
+def test_a_template_that_ends_the_conversation_with_eos() -> None:
+    template = PLAIN.replace('{% endif %}', '{% else %}{{ eos_token }}{% endif %}')
+    assert chat_turn_texts(TALK, with_template(template)) == [('system:S|user:Q|assistant:', 'A|'), ('tool:T|assistant:', 'B|<|endoftext|>')]
+
+
+def test_a_template_that_leaves_the_answer_out() -> None:
+    template = "{% for m in messages %}{{ m['role'] }}:{% for part in m['content'] %}{{ part['text'] }}{% endfor %}|{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    with pytest.raises(ChatTemplateError) as e:
+        chat_turn_texts(chat(('user', 'Q'), ('assistant', 'An answer.\n')), with_template(template))
+    assert str(e.value).endswith('It leaves out the content of message 1: \'An answer.\\n\' became \'|\'. It may want content as a list: [{"type": "text", "text": ...}]')
+    parts = [{'type': 'text', 'text': 'An answer.'}]
+    assert chat_turn_texts(chat(('user', parts), ('assistant', parts)), with_template(template)) == [('user:An answer.|assistant:', 'An answer.|')]
+
+
+def test_a_template_may_drop_thoughts_and_trim() -> None:
+    template = PLAIN.replace("m['content']", "m['content'].split('</think>')[-1] | trim")
+    assert chat_turn_texts(chat(('user', 'Q'), ('assistant', '<think>hm</think>\n The answer. \n')), with_template(template)) == [('user:Q|assistant:', 'The answer.|')]
+    assert chat_turn_texts(chat(('user', 'Q'), ('assistant', ' \n')), with_template(template)) == [('user:Q|assistant:', '|')]

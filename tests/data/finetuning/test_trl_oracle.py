@@ -1,6 +1,7 @@
 """Ids and masks against an independent oracle: TRL, through the dataset preparation and the collator of its SFTTrainer, on the same rows.
 
-Completion-only loss on prompt/completion text and chats, and assistant-only loss on chats whose template marks what the assistant generates. TRL is a test-only dependency.
+Completion-only loss on prompt/completion text and chats, and assistant-only loss on chats whose template marks what the assistant generates; the marks in the templates that TRL
+ships for some thirty models. TRL is a test-only dependency.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from llmfoundry.data.finetuning.chat import chat_turn_texts
 from llmfoundry.data.finetuning.targets import IGNORE_INDEX, stitch_example
 from llmfoundry.data.finetuning.tokenization import tokenize_batch
+from llmfoundry.errors import InvalidConversationError
+from llmfoundry.tokenizers.utils import get_date_string
 from tests.helpers.tokenizers import SMOLLM2_TEMPLATE, gpt2_tokenizer, neox_tokenizer, smollm2_tokenizer
 
 trl = pytest.importorskip('trl')
@@ -161,3 +165,57 @@ def test_a_generation_prompt_that_merges_with_the_answer(tmp_path: Path) -> None
     seen = tokenizer(tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False), add_special_tokens=False)['input_ids']
     assert tokenizer.decode(ours) == tokenizer.decode(theirs)
     assert ours[: len(seen)] == seen != theirs[: len(seen)]
+
+
+# Templates in which TRL marks what our responses are: the generation prompt is context, everything from there to the end of the turn is trained.
+AGREE = [
+    'cohere', 'cohere2', 'gemma', 'gemma3', 'glm4moe', 'lfm2', 'lfm2_v2', 'llama3', 'phi3', 'phi3_5', 'qwen2_5_vl', 'qwen3', 'qwen3_instruct_2507', 'qwen3_vl',
+]
+# Here TRL also trains what the generation prompt gives the model already: a line break, an empty thought.
+MARK_MORE = ['muse_glimmer', 'qwen2_5', 'qwen3_5_nothink', 'qwen3_5_think', 'qwen3_6', 'qwen3_8']
+# The generation prompt opens a thought that the rendered answer does not have, or earlier turns change.
+REFUSED = ['deepseek_r1_distill', 'deepseekv3', 'gptoss', 'nemotron_3_5_lightning', 'nemotron_3_nano', 'nemotron_3_super', 'nemotron_3_ultra']
+
+
+def training_template(name: str) -> str:
+    path = Path(trl.__file__).parent / 'chat_templates' / f'{name}_training.jinja'
+    if not path.exists():
+        pytest.skip(f'this TRL has no {path.name}')
+    return path.read_text()
+
+
+def trained_characters(name: str) -> tuple[str, list[bool], list[bool]]:
+    """The render of a chat, and which characters are trained by us and by TRL's markers."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    tokenizer, messages = smollm2_tokenizer(), [{'role': r, 'content': c} for r, c in (('user', 'Why?'), ('assistant', 'So.'), ('user', 'And then?'), ('assistant', 'Then it ends.'))]
+    tokenizer.chat_template = training_template(name)
+    ours: list[bool] = []
+    turns = chat_turn_texts(messages, tokenizer)
+    for prompt, response in turns:
+        ours += [False] * len(prompt) + [True] * len(response)
+    [text], [spans] = render_jinja_template(
+        [messages], chat_template=tokenizer.chat_template, return_assistant_tokens_mask=True, date_string=get_date_string(), **tokenizer.special_tokens_map,
+    )
+    assert ''.join(p + r for p, r in turns) == text
+    return text, ours, [any(a <= i < b for a, b in spans) for i in range(len(text))]
+
+
+@pytest.mark.parametrize('name', AGREE)
+def test_templates_of_many_models(name: str) -> None:
+    text, ours, theirs = trained_characters(name)
+    assert ours == theirs
+    assert ''.join(c for c, t in zip(text, ours, strict=True) if t).count('.') == 2
+
+
+@pytest.mark.parametrize('name', MARK_MORE)
+def test_templates_that_mark_a_part_of_the_generation_prompt(name: str) -> None:
+    _, ours, theirs = trained_characters(name)
+    assert ours != theirs
+    assert all(t for o, t in zip(ours, theirs, strict=True) if o)
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_templates_that_cannot_be_trained_as_they_are(name: str) -> None:
+    with pytest.raises(InvalidConversationError, match='Give a template that keeps what it rendered'):
+        trained_characters(name)
