@@ -63,5 +63,5 @@ setup(
     python_requires='>=3.10',
     install_requires=install_requires,
     extras_require=extras,
-    entry_points={'console_scripts': ['llmfoundry=llmfoundry.cli:main']},
+    entry_points={'console_scripts': ['llmfoundry=llmfoundry.cli:main', 'merge_adapter=llmfoundry.command_utils.merge_adapter:main']},
 )

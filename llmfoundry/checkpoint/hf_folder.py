@@ -18,7 +18,7 @@ from llmfoundry.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ['appears_whole', 'load_tokenizer', 'save_class_code', 'write_config', 'write_generation_config', 'write_model_card', 'write_tokenizer_files']
+__all__ = ['appears_whole', 'load_tokenizer', 'merge_generation_config', 'save_class_code', 'write_config', 'write_generation_config', 'write_model_card', 'write_tokenizer_files']
 
 _TOKENIZER_SUFFIXES = {'.json', '.txt', '.py', '.model', '.jinja', '.tiktoken'}
 _RESERVED = {'config.json', 'generation_config.json', 'model.safetensors.index.json'}
@@ -82,6 +82,31 @@ def write_generation_config(folder: Path, config: Mapping[str, Any], tokenizer: 
         keep_list = isinstance(configured, list) and value in configured
         ids[key] = configured if value is None or keep_list else value
     transformers.GenerationConfig(use_cache=True, **{k: v for k, v in ids.items() if v is not None}).save_pretrained(folder)
+
+
+def merge_generation_config(folder: Path, given: Mapping[str, Any] | None, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Writes generation_config.json from the one that the model came with: every setting stays, and generation stops at the tokenizer's end of text too.
+
+    Args:
+        given: contents of that file; None writes special tokens alone, see ``write_generation_config``.
+        config: contents of config.json.
+        tokenizer: the tokenizer in the folder.
+    """
+    if not given:
+        write_generation_config(folder, config, tokenizer)
+        return
+    content = {key: value for key, value in given.items() if key not in {'transformers_version', '_from_model_config'}}
+    content['use_cache'] = True  # training switches it off
+    eos = None if tokenizer is None else tokenizer.eos_token_id
+    stops = content.get('eos_token_id')
+    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    if eos is not None and eos not in stops:
+        # A tokenizer that ends turns with a token of its own was finetuned to do so; the base model's stops stay.
+        content['eos_token_id'] = [eos, *stops] if stops else eos
+    for key in ('bos_token_id', 'pad_token_id'):
+        if content.get(key) is None and tokenizer is not None and getattr(tokenizer, key) is not None:
+            content[key] = getattr(tokenizer, key)
+    (folder / 'generation_config.json').write_text(json.dumps(content, indent=2, sort_keys=True) + '\n', encoding='utf-8')
 
 
 def write_tokenizer_files(folder: Path, files: Mapping[str, Any]) -> list[str]:

@@ -78,7 +78,9 @@ def test_metadata_has_the_extras_and_a_sound_core(distribution: importlib.metada
     assert {'mosaicml', 'mosaicml-streaming', 'torch', 'transformers', 'omegaconf', 'datasets', 'zstandard', 'pydantic', 'rich', 'matplotlib'} <= core
     assert not [r for r in map(Requirement, requirements) if canonicalize_name(r.name) == 'mosaicml' and r.extras], "Composer's extras cap transformers too low"
     assert any(r.name == 'datasets' and r.specifier.contains('3.0') and not r.specifier.contains('2.21') for r in map(Requirement, requirements))
-    assert [(e.name, e.value) for e in distribution.entry_points if e.group == 'console_scripts'] == [('llmfoundry', 'llmfoundry.cli:main')]
+    assert {e.name: e.value for e in distribution.entry_points if e.group == 'console_scripts'} == {
+        'llmfoundry': 'llmfoundry.cli:main', 'merge_adapter': 'llmfoundry.command_utils.merge_adapter:main',
+    }
 
 
 @needs_setuptools

@@ -1,6 +1,7 @@
 """Any transformers causal LM for Composer's Trainer: ``model.name: hf_causal_lm``.
 
-The model keeps transformers' own modules and parameter names; only its loss is ours (see ``fused_head``).
+The model keeps transformers' own modules and parameter names; only its loss is ours (see ``fused_head``). Folders of model type ``mpt`` are the exception: they are
+built from our own MPT classes, without remote code.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Any, Mapping, Sequence
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry import dist
@@ -15,7 +17,10 @@ from llmfoundry.models.composer_base import BaseHuggingFaceModel, fit_embeddings
 from llmfoundry.models.hf.adapters import build_peft_config, load_adapter
 from llmfoundry.models.hf.fsdp import prepare_hf_model_for_fsdp
 from llmfoundry.models.hf.fused_head import add_loss_to_forward
-from llmfoundry.models.hf.load import load_causal_lm, load_config, resolve_attn_implementation
+from llmfoundry.models.hf.load import load_config, load_model, resolve_attn_implementation
+from llmfoundry.models.mpt.configuration_mpt import MPTConfig
+from llmfoundry.models.mpt.modeling_mpt import MPTForCausalLM
+from llmfoundry.models.mpt.param_count import flops_per_sequence
 
 __all__ = ['ComposerHFCausalLM']
 
@@ -77,8 +82,9 @@ class ComposerHFCausalLM(BaseHuggingFaceModel):
         _check_adapter_settings(peft_config, pretrained_lora_id_or_path, load_in_8bit, init_device)
         attn_implementation = resolve_attn_implementation(attn_implementation, use_flash_attention_2)
         config = load_config(pretrained_model_name_or_path, trust_remote_code, use_auth_token, attn_implementation, config_overrides)
-        model = load_causal_lm(pretrained_model_name_or_path, config, pretrained, init_device, trust_remote_code, use_auth_token, load_in_8bit)
-        model = add_loss_to_forward(model)
+        model = load_model(pretrained_model_name_or_path, config, pretrained, init_device, trust_remote_code, use_auth_token, load_in_8bit)
+        if not isinstance(config, MPTConfig):  # whose forward computes our loss by itself
+            model = add_loss_to_forward(model)
         if tokenizer is not None:
             fit_embeddings(model, tokenizer, allow_embedding_resizing)
         if has_adapter and should_save_peft_only and not pretrained:
@@ -95,7 +101,18 @@ class ComposerHFCausalLM(BaseHuggingFaceModel):
             peft_config=adapter_config,
             should_save_peft_only=should_save_peft_only,
         )
-        prepare_hf_model_for_fsdp(model, outer=self.model)
+        if isinstance(config, MPTConfig):
+            _finish_mpt(model, self.model)
+        else:
+            prepare_hf_model_for_fsdp(model, outer=self.model)
+
+    def forward(self, batch: Mapping[str, Any]) -> Any:
+        """As in the base class. An MPT is told where documents end, also that a row holds one where the loader does not say."""
+        if isinstance(self.config, MPTConfig) and batch.get('sequence_id') is None:
+            mask = batch.get('attention_mask')
+            ones = torch.ones_like(batch['input_ids']) if mask is None else mask.long()
+            batch = {**batch, 'sequence_id': ones - 1}  # 0 for the one document, -1 for padding
+        return super().forward(batch)
 
     def flops_per_batch(self, batch: Mapping[str, Any]) -> int:
         """Training FLOPs of a batch: 4 per parameter and token, 2 more where the parameter is trained, plus attention.
@@ -103,6 +120,8 @@ class ComposerHFCausalLM(BaseHuggingFaceModel):
         0, so that no utilisation is reported, for mixtures of experts, whose active parameters transformers does not name in one way.
         """
         config = self.config
+        if isinstance(config, MPTConfig):
+            return batch['input_ids'].shape[0] * flops_per_sequence(self.model, config, batch['input_ids'].shape[1])
         if any(getattr(config, key, None) for key in ('num_local_experts', 'num_experts', 'n_routed_experts')):
             return 0
         batch_size, seq_len = batch['input_ids'].shape[:2]
@@ -110,6 +129,19 @@ class ComposerHFCausalLM(BaseHuggingFaceModel):
         n_trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         attention = 3 * 4 * config.num_hidden_layers * config.hidden_size * seq_len**2
         return batch_size * ((4 * n_params + 2 * n_trainable) * seq_len + attention)
+
+
+def _finish_mpt(model: MPTForCausalLM, outer: Any) -> None:
+    """Shows Composer the units that an MPT names itself, through an adapter too.
+
+    Raises:
+        ValueError: an adapter on the head, whose weight the loss takes without it.
+    """
+    if hasattr(model.get_output_embeddings(), 'base_layer'):
+        raise ValueError('peft_config.target_modules: an adapter on the head or the embedding of an MPT would be passed over by its loss; leave wte and lm_head out, or name lm_head in modules_to_save.')
+    if outer is not model:
+        for name in ('fsdp_wrap_fn', 'activation_checkpointing_fn', 'param_init_fn'):
+            setattr(outer, name, getattr(model, name))
 
 
 def _check_adapter_settings(peft_config: Mapping[str, Any] | None, adapter: str | None, load_in_8bit: bool, init_device: str) -> None:

@@ -1,4 +1,4 @@
-"""Builds a transformers causal LM for training: its config, the overrides from the YAML, and the weights.
+"""Builds a transformers model for training: its config, the overrides from the YAML, and the weights.
 
 Master weights are always float32, the KV cache is off, and safetensors files are preferred. The steps are plain functions, so that an error names the key at fault.
 """
@@ -13,17 +13,21 @@ from typing import Any, Callable, Mapping
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from llmfoundry import dist
 from llmfoundry.models.meta_device import init_empty_weights
+from llmfoundry.models.mpt.configuration_mpt import MPTConfig
+from llmfoundry.models.mpt.modeling_mpt import MPTForCausalLM
 
-__all__ = ['DTYPE_KEY', 'apply_config_overrides', 'load_causal_lm', 'load_config', 'resolve_attn_implementation']
+__all__ = ['DTYPE_KEY', 'apply_config_overrides', 'auto_class', 'load_config', 'load_model', 'resolve_attn_implementation']
 
 log = logging.getLogger(__name__)
 
 # The argument of from_pretrained that sets the dtype of weights; transformers renamed it together with the attribute of configs.
 DTYPE_KEY = 'dtype' if hasattr(PretrainedConfig(), 'dtype') else 'torch_dtype'
+# Keys of released MPT folders that describe their files, not the model.
+_NOT_OURS = ('auto_map', 'architectures', 'transformers_version', 'torch_dtype', 'dtype', '_name_or_path')
 
 
 def resolve_attn_implementation(attn_implementation: str | None, use_flash_attention_2: bool) -> str | None:
@@ -54,17 +58,72 @@ def load_config(
         ValueError: an override that does not fit, see ``apply_config_overrides``.
         OSError: (transformers) the name or path cannot be found.
     """
-    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, token=token or None)
+    config = _read_config(name_or_path, trust_remote_code, token)
     text_config = getattr(config, 'text_config', None)
     if isinstance(text_config, PretrainedConfig):
         log.info('%s: using the text_config of a multimodal config.', name_or_path)
         text_config.name_or_path = config.name_or_path
         config = text_config
     config.use_cache = False
+    if isinstance(config, MPTConfig):
+        return _mpt_config(config, attn_implementation, config_overrides or {})
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     apply_config_overrides(config, config_overrides or {})
     return config
+
+
+def _read_config(name_or_path: str, trust_remote_code: bool, token: bool | str | None) -> PretrainedConfig:
+    content, _ = PretrainedConfig.get_config_dict(name_or_path, token=token or None)
+    if content.get('model_type') == 'mpt':
+        # transformers has an MPT of its own, which knows alibi without biases only, and the code in released folders is an older form of ours.
+        return MPTConfig.from_dict({**{key: value for key, value in content.items() if key not in _NOT_OURS}, 'name_or_path': name_or_path})
+    try:
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, token=token or None)
+    except (ValueError, KeyError) as e:
+        if not trust_remote_code and ('auto_map' in content or 'trust_remote_code' in str(e)):
+            raise ValueError(
+                f'{name_or_path!r} (model type {content.get("model_type")!r}) brings its own Python code, which is not run unless you allow it. If you trust that code, set '
+                'model.trust_remote_code: true (and tokenizer.kwargs.trust_remote_code: true where its tokenizer has code too).',
+            ) from e
+        raise
+
+
+def _mpt_config(config: MPTConfig, attn_implementation: str | None, overrides: Mapping[str, Any]) -> MPTConfig:
+    """Applies the settings of ``hf_causal_lm`` to one of our own configs, which checks its rules again."""
+    name_or_path = config.name_or_path
+    # Without packed rows this changes nothing, with them it is what keeps documents apart.
+    config.attn_config['attn_uses_sequence_id'] = True
+    if config.attn_config['attn_impl'] == 'flash' and importlib.util.find_spec('flash_attn') is None:
+        config.attn_config['attn_impl'] = 'torch'
+    apply_config_overrides(config, overrides)
+    if attn_implementation is not None:
+        config.attn_config['attn_impl'] = 'flash' if attn_implementation == 'flash_attention_2' else 'torch'
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # said once already
+        checked = MPTConfig.from_dict({**config.to_dict(), 'init_device': 'cpu'})
+    checked.use_cache, checked.name_or_path = False, name_or_path
+    return checked
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class whose ``from_config`` and ``from_pretrained`` build the language model of ``config``: our own for MPT."""
+    if isinstance(config, MPTConfig):
+        return _OwnMPT
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+class _OwnMPT:
+    """Our MPT behind the calls of an auto class."""
+
+    @staticmethod
+    def from_config(config: MPTConfig, **kwargs: Any) -> MPTForCausalLM:
+        return MPTForCausalLM(config)
+
+    @staticmethod
+    def from_pretrained(name_or_path: str, config: MPTConfig, **kwargs: Any) -> MPTForCausalLM:
+        kept = {key: value for key, value in kwargs.items() if key in (DTYPE_KEY, 'token', 'quantization_config')}
+        return MPTForCausalLM.from_pretrained(name_or_path, config=config, **kept)
 
 
 def apply_config_overrides(config: PretrainedConfig, overrides: Mapping[str, Any], path: str = 'config_overrides') -> None:
@@ -120,7 +179,7 @@ def _rope_parameters(current: Mapping[str, Any], key: str, value: Any, where: st
     return {**kept, 'rope_type': scaling.pop('type', 'default'), **scaling}
 
 
-def load_causal_lm(
+def load_model(
     name_or_path: str,
     config: PretrainedConfig,
     pretrained: bool,
@@ -151,13 +210,13 @@ def load_causal_lm(
             if pretrained and is_first:
                 raise ValueError('init_device: meta with pretrained: true would throw the loaded weights away; use init_device: mixed (or cpu).')
             with init_empty_weights():
-                return AutoModelForCausalLM.from_config(config, **kwargs)
+                return auto_class(config).from_config(config, **kwargs)
         if not pretrained:
-            return AutoModelForCausalLM.from_config(config, **kwargs)
+            return auto_class(config).from_config(config, **kwargs)
         if load_in_8bit:
             kwargs['quantization_config'] = transformers.BitsAndBytesConfig(load_in_8bit=True)
         # transformers prefers safetensors by itself, and falls back to pickled weights, which is all that old repositories have.
-        return AutoModelForCausalLM.from_pretrained(name_or_path, config=config, token=token or None, **kwargs)
+        return auto_class(config).from_pretrained(name_or_path, config=config, token=token or None, **kwargs)
 
     # Local rank 0 goes first, so that a download happens once per node. Every rank joins, whether it loads or not.
     with dist.local_rank_zero_first() if pretrained else contextlib.nullcontext():

@@ -126,7 +126,7 @@ def test_vocabulary_smaller_than_the_tokenizer(tmp_path: Path) -> None:
 
 
 def test_lora_trains_the_adapter_only(tmp_path: Path) -> None:
-    model = build(tmp_path, peft_config={'peft_type': 'lora', 'task_type': 'causal_lm', 'r': 2, 'target_modules': ['q_proj']})
+    model = ComposerHFCausalLM(None, save_model(tmp_path, 'llama'), peft_config={'peft_type': 'lora', 'task_type': 'causal_lm', 'r': 2, 'target_modules': ['q_proj']})
     batch = batch_of()
     model.loss(model(batch), batch).backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None}

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmfoundry.models.hf.causal_lm import ComposerHFCausalLM, build_lora_config
-from llmfoundry.models.hf.load import apply_config_overrides, load_causal_lm, load_config, resolve_attn_implementation
+from llmfoundry.models.hf.adapters import build_peft_config
+from llmfoundry.models.hf.causal_lm import ComposerHFCausalLM
+from llmfoundry.models.hf.load import apply_config_overrides, load_model, load_config, resolve_attn_implementation
 from tests.helpers.processes import run_in_processes
 from tests.helpers.tiny_hf import save_config, save_model
 
@@ -127,7 +128,7 @@ def test_unknown_init_device_and_unknown_name(tmp_path: Path) -> None:
 def _load_mixed(name: str, init_device: str) -> str:
     config = load_config(name, False, None, None, None)
     try:
-        model = load_causal_lm(name, config, pretrained=True, init_device=init_device)
+        model = load_model(name, config, pretrained=True, init_device=init_device)
     except RuntimeError as e:
         return str(e)
     return next(model.parameters()).device.type
@@ -143,10 +144,11 @@ def test_ranks_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(('config', 'message'), [
-    ({'peft_type': 'IA3'}, "peft_config.peft_type: got 'IA3', only LORA is supported"),
+    ({'peft_type': 'QORA'}, r"peft_config.peft_type: got 'QORA', PEFT \S+ has no such method. Supported: .*IA3.*LORA.*PREFIX_TUNING"),
+    ({'peft_type': 'adalora'}, 'peft_config.peft_type: ADALORA cannot be trained here: its ranks are reallocated by a call after each step. Supported: .*LORA'),
     ({'task_type': 'SEQ_CLS'}, "peft_config.task_type: got 'SEQ_CLS', only CAUSAL_LM is supported"),
     ({'rank': 4}, 'peft_config: .*rank.*arguments of peft.LoraConfig'),
 ])
 def test_wrong_peft_config(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_lora_config(config)
+        build_peft_config(config)
