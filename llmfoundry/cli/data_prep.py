@@ -113,6 +113,72 @@ def convert_dataset_json(
     )
 
 
+@app.command('convert_finetuning_dataset')
+def convert_finetuning_dataset(
+    dataset: Annotated[str, _flag('dataset', 'Name on the Hub; json, csv or parquet with --data_files; or a file, folder or URI.')],
+    out_root: OutRoot,
+    data_subset: Annotated[str | None, _flag('data_subset', 'Configuration on the Hub.')] = None,
+    splits: Annotated[list[str], _flag('splits', 'Separated by commas.')] = ['train,validation'],  # noqa: B006
+    preprocessor: Annotated[
+        str | None, _flag('preprocessor', 'Registered name, package.module:function, or a JSON map {"prompt": COLUMN, "response": COLUMN}.')
+    ] = None,
+    data_files: Annotated[list[str], _flag('data_files', 'One file per split, separated by commas.')] = [],  # noqa: B006
+    skip_preprocessing: Annotated[
+        bool, typer.Option('--skip-preprocessing', '--skip_preprocessing', help='The rows hold prompt and response, or messages, already.')
+    ] = False,
+    local: Annotated[str | None, _flag('local', 'Folder in which to keep a copy of the shards.')] = None,
+    compression: Compression = None,
+    num_workers: Annotated[int | None, _flag('num_workers', 'Processes that preprocess and tokenise (default: this one).')] = None,
+    tokenizer: OptionalTokenizer = None,
+    tokenizer_kwargs: Annotated[str | None, _flag('tokenizer_kwargs', 'JSON object.')] = None,
+    max_seq_len: Annotated[int, _flag('max_seq_len', 'Examples with nothing to train within this many tokens are left out.')] = 2048,
+    target_prompts: Annotated[str, _flag('target_prompts', 'none, all or length>=N.')] = 'none',
+    target_responses: Annotated[str, _flag('target_responses', 'last or all.')] = 'last',
+    encoder_decoder: Annotated[bool, _flag('encoder_decoder', 'The examples are for an encoder-decoder model.')] = False,
+) -> None:
+    """Finetuning data (Hub, files, folder or URI) -> one folder of shards per split, as texts or tokens."""
+    _run(
+        'convert_finetuning_dataset:convert_finetuning_dataset_from_args',
+        dataset=dataset,
+        data_subset=data_subset,
+        splits=splits,
+        preprocessor=preprocessor,
+        data_files=data_files,
+        skip_preprocessing=skip_preprocessing,
+        out_root=out_root,
+        local=local,
+        compression=compression,
+        num_workers=num_workers,
+        tokenizer=tokenizer,
+        tokenizer_kwargs=tokenizer_kwargs,
+        max_seq_len=max_seq_len,
+        target_prompts=target_prompts,
+        target_responses=target_responses,
+        encoder_decoder=encoder_decoder,
+    )
+
+
+@app.command('tokenize_data')
+def tokenize_data(
+    input_file: Annotated[str, typer.Option('--input-file', '--input_file', '-i', help='JSON lines with "prompt" and "generation".')],
+    output_file: Annotated[str, typer.Option('--output-file', '--output_file', '-o', help='Arrow file with input_ids and labels.')],
+    tokenizer_path: Annotated[str, typer.Option('--tokenizer-path', '--tokenizer_path', '-t', help='Folder, name on the Hub, or llmfoundry://gpt2.')],
+    max_length: Annotated[
+        int, typer.Option('--max-length', '--max_length', '-l', help='Rows with more tokens are left out and counted.')
+    ] = 2048,
+    processes: Annotated[int | None, _flag('processes', 'Tokenising processes (default: one per core).')] = None,
+) -> None:
+    """Prompt/generation rows -> one Arrow file of token ids and labels."""
+    _run(
+        'tokenize_data:tokenize_data',
+        input_file=input_file,
+        output_file=output_file,
+        tokenizer_path=tokenizer_path,
+        max_length=max_length,
+        processes=processes,
+    )
+
+
 @app.command('convert_text_to_mds')
 def convert_text_to_mds(
     output_folder: Annotated[str, _flag('output_folder', 'Folder (empty or absent) or URI.')],

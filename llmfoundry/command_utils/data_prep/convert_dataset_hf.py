@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any, Sequence
 
 from llmfoundry.command_utils.data_prep import remote
 from llmfoundry.command_utils.data_prep.engine import ConversionSummary
 from llmfoundry.command_utils.data_prep.hub_source import resolve_dataset, split_source
-from llmfoundry.command_utils.data_prep.options import TokenOptions, add_common_flags, make_plan, run_main
+from llmfoundry.command_utils.data_prep.options import TokenOptions, add_common_flags, make_plan, parse_json_object, run_main
 from llmfoundry.command_utils.data_prep.outputs import convert_to, output_names
 
 __all__ = ['DEFAULT_SPLITS', 'convert_dataset_hf', 'convert_dataset_hf_from_args', 'main']
@@ -77,20 +76,8 @@ def convert_dataset_hf_from_args(
     if not names:
         raise ValueError('--splits names no split')
     return convert_dataset_hf(
-        dataset, data_subset, names, out_root, compression, concat_tokens, tokenizer, tokenizer_kwargs=_kwargs(tokenizer_kwargs), **options
+        dataset, data_subset, names, out_root, compression, concat_tokens, tokenizer, tokenizer_kwargs=parse_json_object('--tokenizer_kwargs', tokenizer_kwargs), **options
     )
-
-
-def _kwargs(text: str | dict[str, Any] | None) -> dict[str, Any] | None:
-    if not isinstance(text, str):
-        return text
-    try:
-        kwargs = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise ValueError(f'--tokenizer_kwargs must be JSON, got {text!r} ({e.msg} at column {e.colno})') from None
-    if not isinstance(kwargs, dict):
-        raise ValueError(f'--tokenizer_kwargs must be a JSON object, got {text!r}')
-    return kwargs
 
 
 def main(argv: Sequence[str] | None = None) -> None:

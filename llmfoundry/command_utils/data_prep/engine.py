@@ -17,8 +17,8 @@ from typing import Any, Iterator, Mapping, Protocol
 
 import numpy as np
 
-from llmfoundry.command_utils.data_prep.journal import Journal, State
-from llmfoundry.command_utils.data_prep.mds_shards import SIZE_LIMIT_BYTES, ShardBuilder
+from llmfoundry.command_utils.data_prep.journal import Journal, JournaledShards, State
+from llmfoundry.command_utils.data_prep.mds_shards import SIZE_LIMIT_BYTES
 from llmfoundry.command_utils.data_prep.pool import WorkerPool
 from llmfoundry.command_utils.data_prep.progress import Progress, human_time
 from llmfoundry.command_utils.data_prep.readers import Block
@@ -147,12 +147,13 @@ class _Conversion:
     def __init__(self, source: Source, plan: ConversionPlan, journal: Journal) -> None:
         self.source, self.plan, self.journal = source, plan, journal
         length = plan.concat_tokens
-        if length is None:
-            self.builder = ShardBuilder('text', 'str', None, plan.compression, SIZE_LIMIT_BYTES)
-        else:
-            self.builder = ShardBuilder('tokens', f'ndarray:int32:{length}', length * TOKEN_DTYPE.itemsize, plan.compression, SIZE_LIMIT_BYTES)
-        self.state = State()
-        self._changed = False
+        columns = {'text': ('str', None)} if length is None else {'tokens': (f'ndarray:int32:{length}', length * TOKEN_DTYPE.itemsize)}
+        self.shards = JournaledShards(columns, plan.compression, SIZE_LIMIT_BYTES, journal)
+
+    @property
+    def state(self) -> State:
+        """How far the conversion is."""
+        return self.shards.state
 
     def run(self, extra_files: Mapping[str, str]) -> ConversionSummary:
         """Converts what is not done yet and publishes."""
@@ -181,15 +182,12 @@ class _Conversion:
         engine = 'auto' if self.plan.use_tiktoken else 'tokenizers'
         found = self.journal.load()
         if found is not None and found.fingerprint == fingerprint and not (found.engine == 'auto' and engine != 'auto'):
-            self.state = found
-            if not found.finished:
-                for sizes, payload in self.journal.resume(found):
-                    self.builder.add(sizes, payload)
+            self.shards.resume(found)
             say(f'{self.plan.name}: going on with an unfinished conversion: {found.documents:,} documents and {found.num_shards} shards are done.')
             return True
         if found is not None:
             say(f'{self.plan.name}: an unfinished conversion with other arguments or inputs lies in {self.journal.folder}; starting over.')
-        self.state = self.journal.start(fingerprint, engine)
+        self.shards.start(fingerprint, engine)
         return False
 
     def _check_facts(self, facts: EncoderFacts) -> None:
@@ -217,7 +215,7 @@ class _Conversion:
                 self._take(encoded)
                 state.position, state.input_bytes = vars(block.after).copy(), block.bytes_read
                 progress.update(block.bytes_read, state.tokens - tokens, state.documents - documents)
-                if self._changed or time.monotonic() - last >= CHECKPOINT_SECONDS:
+                if self.shards.changed or time.monotonic() - last >= CHECKPOINT_SECONDS:
                     self._checkpoint()
                     last = time.monotonic()
         finally:
@@ -241,25 +239,7 @@ class _Conversion:
             else:
                 samples, self.leftover = cut_wrapped(self.leftover, tokens, length)
             sizes, payload = np.full(len(samples), length * TOKEN_DTYPE.itemsize, dtype=np.int64), samples.tobytes()
-        self._add_samples(sizes, payload)
-
-    def _add_samples(self, sizes: np.ndarray, payload: bytes) -> None:
-        self.state.samples += len(sizes)
-        while len(sizes):
-            fit = self.builder.room(sizes)
-            if fit == 0:
-                self._write_shard()
-                continue
-            cut = int(sizes[:fit].sum())
-            self.journal.spool(sizes[:fit], payload[:cut])
-            self.builder.add(sizes[:fit], payload[:cut])
-            sizes, payload = sizes[fit:], payload[cut:]
-
-    def _write_shard(self) -> None:
-        entry = self.builder.write(self.journal.folder, self.state.num_shards)
-        self.journal.add_shard(entry, self.state.num_shards)
-        self.state.num_shards += 1
-        self._changed = True
+        self.shards.add(sizes, payload)
 
     def _bad_row(self, row: BadRow) -> None:
         if self.plan.on_bad_row == 'stop':
@@ -274,12 +254,10 @@ class _Conversion:
     def _checkpoint(self) -> None:
         if self.plan.concat_tokens is not None:
             self.state.set_leftover(self.leftover)
-        self.journal.checkpoint(self.state)
-        self._changed = False
+        self.shards.checkpoint()
 
     def _finish(self) -> None:
-        if self.builder.num_samples:
-            self._write_shard()
+        self.shards.end()
         if not self.state.samples:
             documents = self.state.documents
             unit = '' if self.plan.concat_tokens is None else f' ({self.state.tokens:,} tokens, one sample needs {self.plan.concat_tokens:,})'

@@ -18,10 +18,10 @@ from typing import Any, Iterator, Mapping
 
 import numpy as np
 
-from llmfoundry.command_utils.data_prep.mds_shards import fsync_path, index_text, write_atomically
+from llmfoundry.command_utils.data_prep.mds_shards import ShardBuilder, fsync_path, index_text, write_atomically
 from llmfoundry.data.token_concat import TOKEN_DTYPE, empty_tokens
 
-__all__ = ['BAD_ROWS_FILENAME', 'WORK_FOLDER', 'Journal', 'State']
+__all__ = ['BAD_ROWS_FILENAME', 'WORK_FOLDER', 'Journal', 'JournaledShards', 'State']
 
 WORK_FOLDER = '.data_prep'
 BAD_ROWS_FILENAME = 'bad_rows.jsonl'
@@ -31,7 +31,7 @@ _FRAME = np.dtype('<u4')
 
 @dataclass
 class State:
-    """What a checkpoint holds. ``*_bytes`` are lengths of the append-only files that belong to it."""
+    """What a checkpoint holds. ``*_bytes`` are lengths of the append-only files that belong to it, ``dropped`` counts left-out documents by reason."""
 
     fingerprint: str = ''
     engine: str = 'auto'
@@ -46,6 +46,7 @@ class State:
     tokens: int = 0
     samples: int = 0
     input_bytes: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
     finished: bool = False
 
     def leftover_tokens(self) -> np.ndarray:
@@ -182,6 +183,63 @@ class Journal:
                 except OSError:
                     continue
         self._spool = self._shards = self._bad_rows = None
+
+
+class JournaledShards:
+    """Samples on their way into shards; those of the unfinished shard lie in the journal's spool, so that a kill loses only what came after the last
+    checkpoint.
+
+    Args:
+        columns, compression, size_limit: see ``ShardBuilder``.
+        journal: where shards and spool go.
+    """
+
+    def __init__(self, columns: Mapping[str, tuple[str, int | None]], compression: str | None, size_limit: int, journal: Journal) -> None:
+        self._builder = ShardBuilder(columns, compression, size_limit)
+        self._journal = journal
+        self.state = State()
+        self.changed = False
+
+    def start(self, fingerprint: str, engine: str) -> None:
+        """Begins anew."""
+        self.state = self._journal.start(fingerprint, engine)
+
+    def resume(self, state: State) -> None:
+        """Goes on from a checkpoint."""
+        self.state = state
+        if not state.finished:
+            for sizes, payload in self._journal.resume(state):
+                self._builder.add(sizes, payload)
+
+    def add(self, sizes: np.ndarray, payload: bytes) -> None:
+        """Adds encoded samples of ``sizes`` bytes each, laid end to end in ``payload``; ``changed`` says that a shard was finished since the last
+        checkpoint."""
+        self.state.samples += len(sizes)
+        while len(sizes):
+            fit = self._builder.room(sizes)
+            if fit == 0:
+                self._write()
+                continue
+            cut = int(sizes[:fit].sum())
+            self._journal.spool(sizes[:fit], payload[:cut])
+            self._builder.add(sizes[:fit], payload[:cut])
+            sizes, payload = sizes[fit:], payload[cut:]
+
+    def end(self) -> None:
+        """Writes the last shard."""
+        if self._builder.num_samples:
+            self._write()
+
+    def checkpoint(self) -> None:
+        """Makes the present state the point from which a killed run goes on."""
+        self._journal.checkpoint(self.state)
+        self.changed = False
+
+    def _write(self) -> None:
+        entry = self._builder.write(self._journal.folder, self.state.num_shards)
+        self._journal.add_shard(entry, self.state.num_shards)
+        self.state.num_shards += 1
+        self.changed = True
 
 
 def _open_at(path: Path, length: int) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 import numpy as np
 
@@ -104,23 +104,22 @@ class ShardBuilder:
     """Collects samples and hands out full shards.
 
     Args:
-        column: name of the one column, ``tokens`` or ``text``.
-        encoding: its MDS encoding, ``ndarray:int32:2048`` or ``str``.
-        fixed_size: bytes of a value if all have the same size, else None.
+        columns: name -> (MDS encoding, bytes of a value if all have the same size, else None), such as ``{'tokens': ('ndarray:int32:2048', 8192)}``
+            or ``{'text': ('str', None)}``. Samples hold the columns in the order of their names, as Streaming's writer lays them out.
         compression: see ``compressor``.
         size_limit: largest raw shard in bytes.
     """
 
-    def __init__(self, column: str, encoding: str, fixed_size: int | None, compression: str | None, size_limit: int) -> None:
+    def __init__(self, columns: Mapping[str, tuple[str, int | None]], compression: str | None, size_limit: int) -> None:
         self.config = {
             'version': 2,
             'format': 'mds',
             'compression': compression or None,
             'hashes': [],
             'size_limit': size_limit,
-            'column_names': [column],
-            'column_encodings': [encoding],
-            'column_sizes': [fixed_size],
+            'column_names': sorted(columns),
+            'column_encodings': [columns[name][0] for name in sorted(columns)],
+            'column_sizes': [columns[name][1] for name in sorted(columns)],
         }
         self._header = json.dumps(self.config, sort_keys=True).encode()
         self._compress = compressor(compression)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 from llmfoundry.command_utils.data_prep.engine import ConversionPlan
 from llmfoundry.command_utils.data_prep.outputs import available_cores
 from llmfoundry.command_utils.data_prep.tokenizer_spec import TokenizerSpec, describe_tokenizer
 from llmfoundry.errors import BaseContextualError
 
-__all__ = ['TokenOptions', 'add_common_flags', 'make_plan', 'parse_bool', 'run_main', 'tokenizer_spec_of']
+__all__ = ['TokenOptions', 'add_common_flags', 'make_plan', 'parse_bool', 'parse_json_object', 'run_main', 'tokenizer_spec_of']
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,23 @@ def parse_bool(text: str) -> bool:
     if lowered in ('false', 'f', 'no', 'n', '0'):
         return False
     raise argparse.ArgumentTypeError(f'expected true or false, got {text!r}')
+
+
+def parse_json_object(flag: str, value: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The JSON object that was given for ``flag``; what is none any more is passed through.
+
+    Raises:
+        ValueError: text that is not a JSON object.
+    """
+    if value is None or not isinstance(value, str):
+        return None if value is None else dict(value)
+    try:
+        parsed = json.loads(value)
+    except json.JSONDecodeError as e:
+        raise ValueError(f'{flag} must be JSON, got {value!r} ({e.msg} at column {e.colno})') from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f'{flag} must be a JSON object, got {value!r}')
+    return parsed
 
 
 def add_common_flags(parser: argparse.ArgumentParser, processes_flag: str, required: bool = False) -> None:

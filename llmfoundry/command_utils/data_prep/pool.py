@@ -11,20 +11,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Iterable, Iterator
 
 from llmfoundry.command_utils.data_prep.tokenizer_spec import child_environment
-from llmfoundry.command_utils.data_prep.worker import Encoded, EncoderFacts, EncoderSpec
 from llmfoundry.errors import InternalError
 
 __all__ = ['WorkerPool']
 
-_START = 'from llmfoundry.command_utils.data_prep.worker import main; main()'
+_ENCODER = 'llmfoundry.command_utils.data_prep.worker:Encoder'
+_START = 'import sys; from llmfoundry.command_utils.data_prep.worker import main; main(sys.argv[1])'
 _AHEAD_PER_WORKER = 2
 
 
 class _Worker:
     """One child process and its two pipes."""
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen([sys.executable, '-c', _START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child_environment())
+    def __init__(self, encoder: str) -> None:
+        self._process = subprocess.Popen([sys.executable, '-c', _START, encoder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child_environment())
 
     def ask(self, message: Any) -> Any:
         """Sends a message and waits for the answer, raising it if it is an exception."""
@@ -61,30 +61,31 @@ class WorkerPool:
     Args:
         spec: what they do.
         processes: how many, at least 1.
+        encoder: ``module:class`` of the encoder, which is built from the spec, has ``facts``, and whose ``encode(number, block)`` gives the answers.
     """
 
-    def __init__(self, spec: EncoderSpec, processes: int) -> None:
+    def __init__(self, spec: Any, processes: int, encoder: str = _ENCODER) -> None:
         self._spec = spec
-        self._workers = [_Worker() for _ in range(processes)]
+        self._workers = [_Worker(encoder) for _ in range(processes)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix='tokenise')
 
-    def facts(self) -> EncoderFacts:
+    def facts(self) -> Any:
         """Waits until all workers are up; what they found out."""
         found = list(self._threads.map(lambda worker: worker.ask(self._spec), self._workers))
         for worker in self._workers:
             self._idle.put(worker)
         return found[0]
 
-    def map(self, blocks: Iterable[tuple[Any, list[Any]]]) -> Iterator[tuple[Any, Encoded]]:
-        """Encodes ``(key, segments)`` in parallel and yields ``(key, Encoded)`` in the order given.
+    def map(self, blocks: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+        """Encodes ``(key, block)`` in parallel and yields ``(key, answer)`` in the order given.
 
         Reads at most ``2 x processes`` blocks ahead, so memory does not grow with the input.
         """
-        under_way: collections.deque[tuple[Any, Future[Encoded]]] = collections.deque()
+        under_way: collections.deque[tuple[Any, Future[Any]]] = collections.deque()
         limit = _AHEAD_PER_WORKER * len(self._workers)
-        for number, (key, segments) in enumerate(blocks):
-            under_way.append((key, self._threads.submit(self._encode, number, segments)))
+        for number, (key, block) in enumerate(blocks):
+            under_way.append((key, self._threads.submit(self._encode, number, block)))
             if len(under_way) > limit:
                 done, future = under_way.popleft()
                 yield done, future.result()
@@ -92,10 +93,10 @@ class WorkerPool:
             done, future = under_way.popleft()
             yield done, future.result()
 
-    def _encode(self, number: int, segments: list[Any]) -> Encoded:
+    def _encode(self, number: int, block: Any) -> Any:
         worker = self._idle.get()
         try:
-            return worker.ask((number, segments))
+            return worker.ask((number, block))
         finally:
             self._idle.put(worker)
 

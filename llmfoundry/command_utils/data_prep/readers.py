@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, replace
-from typing import Any, BinaryIO, Iterator, NamedTuple
+from typing import Any, BinaryIO, Callable, Iterator, NamedTuple
 
 from llmfoundry.command_utils.data_prep.compressed import DECOMPRESSION_ERRORS, broken_file, open_input
 from llmfoundry.command_utils.data_prep.remote import local_copy
@@ -58,10 +58,11 @@ class FileSource:
         files: in the order in which they are to be read.
         kind: ``json`` (lines or one array), ``text`` or ``parquet``.
         limit: number of rows after which to stop, None for all.
+        convert: what is taken of an object of a JSON array; JSON lines and text are converted in the workers.
     """
 
-    def __init__(self, files: list[InputFile], kind: str, limit: int | None = None) -> None:
-        self.files, self.kind, self.limit = files, kind, limit
+    def __init__(self, files: list[InputFile], kind: str, limit: int | None = None, convert: Callable[[Any], Any] = text_of_row) -> None:
+        self.files, self.kind, self.limit, self._convert = files, kind, limit, convert
         self.total_bytes: int | None = sum(f.size for f in files) or None
 
     def fingerprint(self) -> Any:
@@ -108,7 +109,7 @@ class FileSource:
         stream, raw = open_input(path)
         with raw, stream:
             if self.kind == 'json' and _is_array(stream):
-                yield from self._rows_pieces(_array_rows(stream, name), name, position, before, self.files[position.file].size)
+                yield from self._rows_pieces(_array_rows(stream, name, self._convert), name, position, before, self.files[position.file].size)
                 return
             stream.seek(position.offset)
             pieces = self._line_pieces if self.kind == 'json' else _text_pieces
@@ -155,7 +156,7 @@ class FileSource:
             if self.limit is not None and position.rows + len(group) >= self.limit:
                 break
             group.append(value)
-            group_bytes += len(value) if isinstance(value, str) else 64
+            group_bytes += _size_of(value)
             if len(group) == _ROWS_PER_BLOCK or group_bytes >= BLOCK_BYTES:
                 position = replace(position, line=done + len(group), rows=position.rows + len(group))
                 yield Block([Segment('rows', name, done + 1, group)], position, before), group_bytes
@@ -163,6 +164,12 @@ class FileSource:
         if group:
             position = replace(position, line=done + len(group), rows=position.rows + len(group))
             yield Block([Segment('rows', name, done + 1, group)], position, before + size), group_bytes
+
+
+def _size_of(value: Any) -> int:
+    """About how many bytes a decoded row holds."""
+    texts = (value,) if isinstance(value, str) else value
+    return 64 + sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _is_array(stream: BinaryIO) -> bool:
@@ -182,8 +189,8 @@ def _is_bad_row(line: bytes) -> bool:
     return not (rows and all(isinstance(row, dict) for row in rows))
 
 
-def _array_rows(stream: BinaryIO, name: str) -> Iterator[Any]:
-    """Texts (or BadRow) of the objects of a JSON array, read a piece at a time."""
+def _array_rows(stream: BinaryIO, name: str, convert: Callable[[Any], Any]) -> Iterator[Any]:
+    """``convert`` (or BadRow) of the objects of a JSON array, read a piece at a time."""
     decoder, reader = json.JSONDecoder(), _utf8_reader(stream, name)
     text, line, ended = next(reader, '').lstrip('\ufeff'), 1, False
     at = text.index('[') + 1
@@ -212,7 +219,7 @@ def _array_rows(stream: BinaryIO, name: str) -> Iterator[Any]:
             text, at = text[at:] + more, 0
             continue
         try:
-            yield text_of_row(value)
+            yield convert(value)
         except ValueError as e:
             yield BadRow(name, line, str(e))
         line += text.count('\n', at, end)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple, TypeVar
 
-__all__ = ['BadRow', 'Document', 'Segment', 'documents_of', 'text_of_row']
+__all__ = ['PAIR_COLUMNS', 'BadRow', 'Document', 'Segment', 'documents_of', 'pair_of_row', 'text_of_row', 'values_of_lines']
+
+T = TypeVar('T')
 
 TEXT_COLUMN = 'text'
+PAIR_COLUMNS = ('prompt', 'generation')
 
 
 class Segment(NamedTuple):
@@ -61,20 +64,36 @@ def text_of_row(row: Any) -> str:
     return checked_text(row[TEXT_COLUMN])
 
 
-def checked_text(value: Any) -> str:
-    """``value`` if it is text that can be encoded.
+def pair_of_row(row: Any) -> tuple[str, str]:
+    """The prompt and the generation of a decoded JSON row.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be a JSON object with 'prompt' and 'generation', got {_kind(row)}")
+    for name in PAIR_COLUMNS:
+        if name not in row:
+            keys = ', '.join(repr(k) for k in sorted(row)[:8])
+            raise ValueError(f"no {name!r} field; the row has {keys or 'no fields'}")
+    prompt, generation = (checked_text(row[name], name) for name in PAIR_COLUMNS)
+    return prompt, generation
+
+
+def checked_text(value: Any, name: str = TEXT_COLUMN) -> str:
+    """``value`` if it is text that can be encoded; ``name`` is the field that it comes from.
 
     Raises:
         ValueError: with what is wrong.
     """
     if not isinstance(value, str):
-        raise ValueError(f"'text' must be a string, got {_kind(value)}")
+        raise ValueError(f"{name!r} must be a string, got {_kind(value)}")
     if not value.isascii():
         try:
             value.encode('utf-8')
         except UnicodeEncodeError as e:
             raise ValueError(
-                f"'text' holds half of a surrogate pair (\\u{ord(value[e.start]):04x} at character {e.start}), which is no Unicode text"
+                f"{name!r} holds half of a surrogate pair (\\u{ord(value[e.start]):04x} at character {e.start}), which is no Unicode text"
             ) from None
     return value
 
@@ -85,7 +104,12 @@ def _kind(value: Any) -> str:
 
 
 def _from_jsonl(segment: Segment) -> tuple[list[Document], list[BadRow]]:
-    documents, bad = [], []
+    found = list(values_of_lines(segment, text_of_row))
+    return [Document(value) for value in found if not isinstance(value, BadRow)], [value for value in found if isinstance(value, BadRow)]
+
+
+def values_of_lines(segment: Segment, convert: Callable[[Any], T]) -> Iterator[T | BadRow]:
+    """``convert`` of the row on each line that is not blank, or a ``BadRow`` where it raises ValueError or the line is not JSON."""
     try:
         # Split at newlines only: str.splitlines would also cut at characters that may stand inside JSON strings.
         lines: list[Any] = segment.data.decode('utf-8').split('\n')
@@ -95,26 +119,24 @@ def _from_jsonl(segment: Segment) -> tuple[list[Document], list[BadRow]]:
         if not line or line.isspace():
             continue
         try:
-            documents.append(Document(_text_of_line(line, number)))
+            yield convert(_row_of_line(line, number))
         except ValueError as e:
-            bad.append(BadRow(segment.file, number, str(e)))
-    return documents, bad
+            yield BadRow(segment.file, number, str(e))
 
 
-def _text_of_line(line: str | bytes, number: int) -> str:
+def _row_of_line(line: str | bytes, number: int) -> Any:
     if isinstance(line, bytes):
         line = _decode(line)
     if number == 1 and line.startswith('\ufeff'):
         line = line[1:]
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as e:
         shown = line.strip()
         shown = shown if len(shown) <= 40 else shown[:40] + '...'
         raise ValueError(f'not JSON ({e.msg} at column {e.colno}): {shown}') from None
     except RecursionError:
         raise ValueError('not usable JSON: nested too deeply') from None
-    return text_of_row(row)
 
 
 def _decode(data: bytes) -> str:

@@ -19,6 +19,7 @@ from llmfoundry.command_utils.data_prep.rows import BadRow, Document, Segment, d
 from llmfoundry.command_utils.data_prep.token_engines import BackendEngine, Engine, build_engine, difference, sample_slices
 from llmfoundry.command_utils.data_prep.tokenizer_spec import TokenizerSpec
 from llmfoundry.data.token_concat import TOKEN_DTYPE
+from llmfoundry.typed_registry import resolve_target
 
 __all__ = ['Encoded', 'Encoder', 'EncoderFacts', 'EncoderSpec', 'main']
 
@@ -126,26 +127,27 @@ def _send(stream: BinaryIO, message: Any) -> None:
     stream.flush()
 
 
-def main() -> None:
-    """Serves until stdin closes."""
+def main(target: str) -> None:
+    """Serves until stdin closes. ``target`` is ``module:class`` of the encoder: built from the first message, its ``facts`` are the first answer, then
+    ``encode(number, block)`` answers each further message."""
     # Ctrl-C reaches the whole process group; the parent alone decides what happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), 'wb')
     # Whatever a library prints goes to stderr, not into the answers.
     os.dup2(2, 1)
     try:
-        encoder = Encoder(pickle.load(source))
+        encoder = resolve_target(target)(pickle.load(source))
     except Exception as e:
         _send(sink, e if _survives_pickling(e) else RuntimeError(f'{type(e).__name__}: {e}'))
         return
     _send(sink, encoder.facts)
     while True:
         try:
-            number, segments = pickle.load(source)
+            number, block = pickle.load(source)
         except EOFError:
             return
         try:
-            _send(sink, encoder.encode(number, segments))
+            _send(sink, encoder.encode(number, block))
         except BrokenPipeError:
             return
         except Exception as e:
@@ -158,7 +160,3 @@ def _survives_pickling(error: Exception) -> bool:
     except Exception:  # noqa: BLE001
         return False
     return True
-
-
-if __name__ == '__main__':
-    main()
