@@ -17,6 +17,7 @@ from llmfoundry.errors.base import (
     UserError,
 )
 from llmfoundry.errors.checkpoints import AdapterMismatchError, CheckpointError, ParityError, UnsafeCheckpointError
+from llmfoundry.errors.checks import MaskLintError
 from llmfoundry.errors.datasets_and_files import (
     CannotUnicodeDecodeFile,
     DatasetTooSmallError,
@@ -114,6 +115,7 @@ __all__ = [
     'InvalidRoleError',
     'LossSpikeError',
     'MalformedUCTableError',
+    'MaskLintError',
     'MisconfiguredHfDatasetError',
     'MissingHuggingFaceURLSplitError',
     'NETWORK_ERROR',

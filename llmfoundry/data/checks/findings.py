@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Iterable, Iterator, Sequence
 
-from llmfoundry.errors.checks import MaskLintError
+from llmfoundry.errors import MaskLintError
 
 __all__ = ['ERROR', 'WARNING', 'Finding', 'LintCounts', 'LintReport', 'format_findings']
 
@@ -110,7 +110,7 @@ class LintReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for ``--json``."""
-        counts = {**asdict(self.counts), 'trained_share': round(self.counts.trained_share, 6)}
+        counts = {**{key: dict(value) if isinstance(value, Counter) else value for key, value in vars(self.counts).items()}, 'trained_share': round(self.counts.trained_share, 6)}
         return {'name': self.name, 'errors': len(self.errors), 'warnings': len(self.warnings), 'facts': dict(self.facts), 'counts': counts, 'findings': [asdict(f) for f in self.findings]}
 
 

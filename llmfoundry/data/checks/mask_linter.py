@@ -34,11 +34,12 @@ def lint(
     conversations: Iterable[tuple[str, Sequence[Mapping[str, Any]]]] = (),
     source: LintCounts | None = None,
     separator_id: int | None = None,
+    batch_rows: Sequence[LintRow] = (),
 ) -> LintReport:
     """Checks rows.
 
     Args:
-        rows: rows as the loader gives them.
+        rows: rows as the loader gives them, counted and checked.
         tokenizer: a transformers tokenizer.
         settings: what the loader was asked to do.
         name: of the loader, for the report.
@@ -46,6 +47,7 @@ def lint(
         conversations: (name, messages) of rows of the source, to render.
         source: counts over the whole data set (the ``source_*`` fields).
         separator_id: token that ends or begins documents of a text loader, None if there is none.
+        batch_rows: the same data as packed and padded rows of a batch; checked, not counted again. Where they are given, ``rows`` hold one document each whatever the packing.
 
     Returns:
         Findings, counts and facts. Nothing is raised.
@@ -59,7 +61,9 @@ def lint(
         # A template that is wrong for the simplest conversation is wrong for all.
         if not any(f.severity == ERROR for f in of_template):
             report.findings += [f for row, messages in conversations for f in check_conversation(messages, render, row)]
-    report.findings += [f for row in rows for f in check_row(row, facts, settings)]
+    single = replace(settings, packed=False) if batch_rows else settings
+    report.findings += [f for row in rows for f in check_row(row, facts, single)]
+    report.findings += [f for row in batch_rows for f in check_row(row, facts, settings)]
     report.findings += [*_separator_seen(rows, facts, separator_id), *_losses(report.counts)]
     report.facts = _facts(facts, settings)
     return report

@@ -12,7 +12,7 @@ from typing import Iterable, Iterator
 import numpy as np
 
 from llmfoundry.data.checks.findings import ERROR, WARNING, Finding
-from llmfoundry.data.checks.rows import FINETUNING, TEXT, LintRow, Turn, spans
+from llmfoundry.data.checks.rows import FINETUNING, MASKED_TEXT, TEXT, LintRow, Turn, spans
 from llmfoundry.data.checks.tokenizer_facts import TokenizerFacts
 
 __all__ = ['MaskSettings', 'check_row', 'expected_targets', 'trained_turns']
@@ -22,7 +22,7 @@ STOP_REMEDY = (
     'the token that it uses.'
 )
 # So many equal pad or eos tokens at the end of a document are padding. Text of empty documents has some in a row by nature.
-_FILLER_RUN = {FINETUNING: 3, TEXT: 16}
+_FILLER_RUN = {FINETUNING: 3, TEXT: 16, MASKED_TEXT: 16}
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def check_row(row: LintRow, facts: TokenizerFacts, settings: MaskSettings) -> li
     rules = [_sequence_ids, _padding, _double_bos, _no_target]
     if row.kind == FINETUNING:
         rules += [_first_tokens, _expected_mask, _ends, _repeated_end]
-    else:
+    elif row.kind == TEXT:
         rules += [_text_end_is_trained]
     return [finding for rule in rules for finding in rule(row, facts, settings)]
 

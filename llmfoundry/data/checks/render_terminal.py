@@ -95,8 +95,9 @@ def summary_table(counts: LintCounts) -> list[tuple[str, str]]:
         table.append(('rows of the source', f'{counts.source_rows}{kept}'))
     if counts.source_truncated is not None:
         table.append(('  truncated', f'{counts.source_truncated}'))
-    for reason, number in (counts.source_dropped or {}).items():
-        table.append((f'  dropped, {reason}', f'{number}'))
+    if counts.source_dropped is not None:
+        reasons = ', '.join(f'{number} {reason}' for reason, number in counts.source_dropped.items() if number)
+        table.append(('  dropped', f'{sum(counts.source_dropped.values())}' + (f' ({reasons})' if reasons else '')))
     return table
 
 

@@ -10,10 +10,11 @@ from typing import Any, Iterator, Mapping, Sequence
 
 import numpy as np
 
-__all__ = ['FINETUNING', 'TEXT', 'LintRow', 'Turn', 'spans', 'turns_of']
+__all__ = ['FINETUNING', 'MASKED_TEXT', 'TEXT', 'LintRow', 'Turn', 'spans', 'turns_of']
 
 FINETUNING = 'finetuning'
 TEXT = 'text'
+MASKED_TEXT = 'masked text'
 IGNORED = -100
 
 
@@ -36,7 +37,7 @@ class LintRow:
         targets: bool ``(seq,)``, True where the token is a label in the loss.
         real: bool ``(seq,)``, False for padding; None if there is none.
         sequence_id: int ``(seq,)``, number of the document of each token, -1 for padding; None if the row holds one document.
-        kind: ``finetuning`` or ``text``.
+        kind: ``finetuning``, ``text``, or ``masked text`` (masked language modelling).
         turns: spans of the turns, if the source knows them; the row then holds one document without padding.
         messages: (role, content) of a chat.
         truncated: whether the end was cut off.

@@ -16,7 +16,7 @@ from llmfoundry.data.checks.render_html import render_html
 from llmfoundry.data.checks.render_terminal import render_report, render_row, visible
 from llmfoundry.data.checks.rows import LintRow
 from llmfoundry.data.checks.tokenizer_facts import TokenizerFacts, render_chat, token_facts
-from llmfoundry.errors.checks import MaskLintError
+from llmfoundry.errors import MaskLintError
 from tests.helpers.chat_rows import TALK, TOOL_TALK, chat_row, tokenizer_with
 from tests.helpers.tokenizers import gpt2_tokenizer
 
