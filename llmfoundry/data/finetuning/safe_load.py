@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
 from huggingface_hub import snapshot_download
 
+from llmfoundry.data.finetuning.cache_folder import cache_folder
 from llmfoundry.errors import DataError, InvalidFileExtensionError
 
 __all__ = ['HUGGINGFACE_FOLDER_EXTENSIONS', 'SUPPORTED_EXTENSIONS', 'check_files', 'download_safely']
@@ -56,13 +58,22 @@ def _files_below(root: str) -> Iterator[str]:
 def download_safely(name: str, token: str | bool | None, revision: str | None) -> Path:
     """Downloads the safe files of a data set on the Hub, and nothing else of it.
 
+    Returns:
+        A folder with links to these files: the Hub's own folder may hold others, from earlier downloads without ``safe_load``.
+
     Raises:
         InvalidFileExtensionError: it has none.
     """
     patterns = [f'*{extension}' for extension in SUPPORTED_EXTENSIONS]
-    folder = Path(snapshot_download(name, repo_type='dataset', token=token, revision=revision, allow_patterns=patterns))
-    if not any(str(f).endswith(tuple(SUPPORTED_EXTENSIONS)) for f in folder.rglob('*')):
+    snapshot = Path(snapshot_download(name, repo_type='dataset', token=token, revision=revision, allow_patterns=patterns))
+    files = sorted(f for f in snapshot.rglob('*') if f.suffix in SUPPORTED_EXTENSIONS and f.is_file())
+    if not files:
         raise InvalidFileExtensionError(name, SUPPORTED_EXTENSIONS)
-    # An earlier download without safe_load may have left other files in the same folder.
-    check_files(str(folder), {})
+    # The snapshot is named after its commit.
+    folder = cache_folder() / 'safe_load' / f'{name.replace("/", "--")}-{snapshot.name}'
+    for file in files:
+        link = folder / file.relative_to(snapshot)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            link.symlink_to(file.resolve())
     return folder

@@ -116,9 +116,19 @@ def _is_tokenized(example: Any) -> bool:
 def _tokenized_turns(example: Mapping[str, Any], bos_token_id: int | None) -> list[dict[str, list[int]]]:
     turns = []
     for turn in example['turns'] if 'turns' in example else [example]:
-        prompt, response = _as_ids(turn['input_ids']), _as_ids(turn['labels'])
+        prompt, response = _without_padding(_as_ids(turn['input_ids']), _as_ids(turn['labels']), turn.get('attention_mask'))
         turns.append(_turn(prompt, _without_second_bos(prompt, response, bos_token_id) if 'turns' not in example else response))
     return turns
+
+
+def _without_padding(ids: list[int], labels: list[int], attention_mask: Any) -> tuple[list[int], list[int]]:
+    """Both without the places that the mask hides: rows that were filled up before they were saved hold ids there which are no text."""
+    mask = np.asarray([] if attention_mask is None else attention_mask).reshape(-1) != 0
+    if len(mask) != len(ids) or mask.all():
+        return ids, labels
+    if len(labels) == len(ids):
+        labels = np.asarray(labels)[mask].tolist()
+    return np.asarray(ids)[mask].tolist(), labels
 
 
 def _as_ids(ids: Any) -> list[int]:

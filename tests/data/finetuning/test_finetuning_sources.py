@@ -318,7 +318,10 @@ class TestSafeLoad:
 
         def snapshot(name: str, **kwargs: Any) -> str:
             asked.update(kwargs, name=name)
-            write_rows(tmp_path / 'hub' / 'train.jsonl')
+            write_rows(tmp_path / 'hub' / 'data' / 'train.jsonl')
+            # What an earlier download without safe_load has left.
+            for other in ('README.md', 'script.py', 'train.arrow'):
+                (tmp_path / 'hub' / other).write_text('x')
             return str(tmp_path / 'hub')
 
         monkeypatch.setattr(safe_load, 'snapshot_download', snapshot)

@@ -119,6 +119,16 @@ def test_tokenised_rows_are_taken_as_they_are(gpt2, tmp_path):
     assert store.row(0)[0].tolist() == [5, 6, 7] and store.row(0)[1].tolist() == [False, True, True]
 
 
+def test_padding_of_tokenised_rows_is_left_out(gpt2, tmp_path):
+    rows = [
+        {'input_ids': [5, 6, 7, 0, 0], 'labels': [-100, 6, 7, -100, -100], 'attention_mask': [1, 1, 1, 0, 0]},
+        {'input_ids': [0, 8, 9], 'labels': [-100, -100, 9], 'attention_mask': [0, 1, 1]},
+    ]
+    store = build_token_store(gpt2, write(tmp_path / 'train.jsonl', rows), 'train')
+    assert [store.row(i)[0].tolist() for i in range(2)] == [[5, 6, 7], [8, 9]]
+    assert [store.labels(i).tolist() for i in range(2)] == [[-100, 6, 7], [-100, 9]]
+
+
 class TestErrorsNameTheRow:
     def fails_at(self, bad: int, error: Exception) -> Any:
         def prep(row: dict[str, str]) -> dict[str, str]:
