@@ -16,6 +16,7 @@ from composer import Trainer
 from composer.loggers import Logger
 
 from llmfoundry import builders, dist
+from llmfoundry.command_utils import start_checks
 from llmfoundry.command_utils import train_parts as parts
 from llmfoundry.command_utils import train_setup as setup
 from llmfoundry.command_utils.parallelism import build_parallelism_config, resolve_placement
@@ -63,6 +64,7 @@ def train(cfg: TrainConfig) -> Trainer:
         device_eval_batch_size=cfg.device_eval_batch_size, icl_seq_len=cfg.icl_seq_len, icl_subset_num_batches=cfg.icl_subset_num_batches,
     )
     callbacks += [gauntlet] if gauntlet is not None else []
+    start_checks.check_masks(cfg, train_loader, evaluators, tokenizer)
     model = parts.build_model(cfg, tokenizer, placement)
     logged_cfg.update(parts.count_parameters(model))
     parallelism_config, notes = build_parallelism_config(placement, model)
@@ -81,6 +83,7 @@ def train(cfg: TrainConfig) -> Trainer:
     if cfg.log_config:
         log_config(trainer.logger, logged_cfg)
     log_dataset_uri(logged_cfg)
+    start_checks.check_packing(cfg, trainer, tokenizer)
     gc.collect()
     torch.cuda.empty_cache()
     parts.settle_microbatch_size(cfg, trainer)
