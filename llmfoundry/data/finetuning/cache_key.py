@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ['code_fingerprint', 'function_fingerprint', 'tokenizer_fingerprint']
 
-_OWN_FILES = ('targets.py', 'examples.py', 'chat.py', 'tokenization.py', 'preprocessing.py', 'hf_dataset.py', 'store.py')
+_OWN_FILES = ('targets.py', 'examples.py', 'chat.py', 'pretokenized.py', 'tokenization.py', 'preprocessing.py', 'hf_dataset.py', 'store.py')
 _TOKENIZER_SETTINGS = ('add_bos_token', 'add_eos_token', 'add_prefix_space', 'legacy', 'split_special_tokens', 'clean_up_tokenization_spaces')
 
 

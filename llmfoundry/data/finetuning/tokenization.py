@@ -11,10 +11,9 @@ import multiprocessing
 import os
 from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
-import numpy as np
-
 from llmfoundry.data.finetuning.chat import chat_turn_texts
 from llmfoundry.data.finetuning.examples import get_example_type, mark_row, prompt_and_response, validate_chat_example, validate_prompt_response
+from llmfoundry.data.finetuning.pretokenized import is_pretokenized, pretokenized_turns, turn_of_ids, without_second_bos
 from llmfoundry.data.finetuning.targets import stitch_example, truncate
 
 if TYPE_CHECKING:
@@ -38,6 +37,7 @@ def tokenize_formatted_example(example: Mapping[str, Any], tokenizer: PreTrained
 
     Raises:
         UserError: one of the typed errors of ``examples``, ChatTemplateError or InvalidConversationError.
+        DataError: (a ValueError) ids that are not the tokenizer's.
     """
     return tokenize_batch([example], tokenizer)[0]
 
@@ -46,7 +46,7 @@ def tokenize_batch(examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedT
     """Tokenises many examples, each as ``tokenize_formatted_example`` does.
 
     Raises:
-        UserError: as ``tokenize_formatted_example``, for the first bad example, whose index is the error's ``row``.
+        UserError, DataError: as ``tokenize_formatted_example``, for the first bad example, whose index is the error's ``row``.
     """
     done: dict[int, list[dict[str, list[int]]]] = {}
     pairs: list[tuple[str, str]] = []
@@ -54,8 +54,8 @@ def tokenize_batch(examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedT
     owners: dict[int, tuple[list[tuple[str, str]], int, int]] = {}
     for row, example in enumerate(examples):
         try:
-            if _is_tokenized(example):
-                done[row] = _tokenized_turns(example, tokenizer.bos_token_id)
+            if is_pretokenized(example):
+                done[row] = pretokenized_turns(example, tokenizer)
                 continue
             group, texts = _texts(example, tokenizer, pairs, chats)
         except Exception as e:
@@ -64,8 +64,8 @@ def tokenize_batch(examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedT
         owners[row] = (group, len(group), len(texts))
         group.extend(texts)
 
-    pair_turns = [_turn(p, _without_second_bos(p, r, tokenizer.bos_token_id)) for p, r in _encode_pairs(pairs, tokenizer)]
-    chat_turns = [_turn(p, r) for p, r in _encode_chats(chats, tokenizer)]
+    pair_turns = [turn_of_ids(p, without_second_bos(p, r, tokenizer.bos_token_id)) for p, r in _encode_pairs(pairs, tokenizer)]
+    chat_turns = [turn_of_ids(p, r) for p, r in _encode_chats(chats, tokenizer)]
     for row, (group, start, count) in owners.items():
         done[row] = (pair_turns if group is pairs else chat_turns)[start : start + count]
     return [{'turns': done[row]} for row in range(len(examples))]
@@ -97,44 +97,6 @@ def _texts(
         return chats, chat_turn_texts(example['messages'], tokenizer)
     validate_prompt_response(example)
     return pairs, [prompt_and_response(example)]
-
-
-def _turn(prompt: list[int], response: list[int]) -> dict[str, list[int]]:
-    return {'input_ids': prompt, 'attention_mask': [1] * len(prompt), 'labels': response}
-
-
-def _without_second_bos(prompt: list[int], response: list[int], bos_token_id: int | None) -> list[int]:
-    """The response without the BOS that a tokenizer put before it, where the prompt has one already."""
-    doubled = bos_token_id is not None and prompt[:1] == [bos_token_id] == response[:1]
-    return response[1:] if doubled else response
-
-
-def _is_tokenized(example: Any) -> bool:
-    return isinstance(example, Mapping) and ('turns' in example or {'input_ids', 'labels'} <= set(example))
-
-
-def _tokenized_turns(example: Mapping[str, Any], bos_token_id: int | None) -> list[dict[str, list[int]]]:
-    turns = []
-    for turn in example['turns'] if 'turns' in example else [example]:
-        prompt, response = _without_padding(_as_ids(turn['input_ids']), _as_ids(turn['labels']), turn.get('attention_mask'))
-        turns.append(_turn(prompt, _without_second_bos(prompt, response, bos_token_id) if 'turns' not in example else response))
-    return turns
-
-
-def _without_padding(ids: list[int], labels: list[int], attention_mask: Any) -> tuple[list[int], list[int]]:
-    """Both without the places that the mask hides: rows that were filled up before they were saved hold ids there which are no text."""
-    mask = np.asarray([] if attention_mask is None else attention_mask).reshape(-1) != 0
-    if len(mask) != len(ids) or mask.all():
-        return ids, labels
-    if len(labels) == len(ids):
-        labels = np.asarray(labels)[mask].tolist()
-    return np.asarray(ids)[mask].tolist(), labels
-
-
-def _as_ids(ids: Any) -> list[int]:
-    """A plain list of ids, from a list, an array, or the batch of one that ``return_tensors`` makes."""
-    array = np.asarray(ids, dtype=np.int64)
-    return array.reshape(-1).tolist() if array.ndim == 1 or array.shape[0] == 1 else array.tolist()
 
 
 def _encode_pairs(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], list[int]]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pickle
 import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from llmfoundry import errors
 from llmfoundry.data.finetuning import tokenization
 from llmfoundry.data.finetuning.tokenization import is_valid_ift_example, tokenize_batch, tokenize_formatted_example
+from llmfoundry.tokenizers import build_tokenizer
 from tests.helpers.tokenizers import gpt2_tokenizer, neox_tokenizer, smollm2_tokenizer
 
 EOS = 50256
@@ -154,6 +158,34 @@ def test_what_a_tokenisation_function_returns() -> None:
     assert tokenize_formatted_example(tokenizer(text='Hi', text_target=' there'), tokenizer) == turn([17250], [612])
 
 
+@pytest.mark.parametrize(
+    ('example', 'text'),
+    [
+        ({'input_ids': [5, 50257], 'labels': [7]}, 'input_ids: token id 50257 is outside the 50257 ids of the tokenizer. Use the tokenizer that the data were prepared with'),
+        ({'input_ids': [5], 'labels': [-100, -1]}, 'labels: token id -1 is outside the 50257 ids of the tokenizer. Use the tokenizer that the data were prepared with'),
+        ({'input_ids': [5, -100], 'labels': [7]}, 'input_ids: token id -100 is outside the 50257 ids of the tokenizer. Use the tokenizer that the data were prepared with'),
+        ({'input_ids': [0.5], 'labels': [7]}, 'input_ids: expected one list of whole numbers, got shape (1,) of float64'),
+        ({'input_ids': [[5], [6]], 'labels': [7]}, 'input_ids: expected one list of whole numbers, got shape (2, 1) of int64'),
+        ({'input_ids': [5], 'labels': 'text'}, 'labels: expected one list of whole numbers, got shape () of <U4'),
+        ({'input_ids': None, 'labels': [7]}, 'input_ids: expected one list of whole numbers, got shape () of object'),
+        ({'turns': 'text'}, 'turns must be a list of mappings with input_ids and labels, got text'),
+        ({'turns': [{'input_ids': [5]}]}, "turns must be a list of mappings with input_ids and labels, got [{'input_ids': [5]}]"),
+    ],
+)
+def test_ids_that_cannot_be_used(example: dict[str, Any], text: str) -> None:
+    with pytest.raises(errors.DataError) as e:
+        tokenize_batch([{'prompt': 'a', 'response': 'b'}, example], TOKENIZERS['gpt2'])
+    assert str(e.value) == text and e.value.row == 1
+
+
+def test_ids_of_added_tokens_are_ids() -> None:
+    tokenizer = smollm2_tokenizer()
+    tokenizer.add_tokens(['<new>'])
+    assert tokenize_formatted_example({'input_ids': [5, 49152], 'labels': [49152]}, tokenizer) == turn([5, 49152], [49152])
+    with pytest.raises(errors.DataError, match='token id 49153 is outside the 49153 ids'):
+        tokenize_formatted_example({'input_ids': [5, 49153], 'labels': [1]}, tokenizer)
+
+
 @pytest.mark.parametrize(('bad', 'error'), [(BAD_CHAT, errors.NotEnoughChatDataError), ({'prompt': 'a', 'response': None}, errors.InvalidResponseTypeError), ({'x': 1}, errors.UnknownExampleTypeError)])
 def test_an_error_knows_its_row(bad: dict[str, Any], error: type[Exception]) -> None:
     good = {'prompt': 'a', 'response': 'b'}
@@ -209,3 +241,18 @@ def test_length_does_not_matter_to_an_encoder_decoder() -> None:
 
 def test_labels_with_nothing_to_train() -> None:
     assert not is_valid_ift_example(16, 'none', 'last', True, turn([1, 2], [-100, -100]))
+
+
+def test_a_tokenizer_without_rust_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip('tiktoken')
+    assets = Path(tokenization.__file__).resolve().parents[2] / 'assets' / 'gpt2'
+    source = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
+    vocabulary = json.dumps(json.loads((assets / 'vocab.json').read_text(encoding='utf-8'))).encode()
+    for name, data in (('vocab.bpe', (assets / 'merges.txt').read_bytes()), ('encoder.json', vocabulary)):
+        (tmp_path / hashlib.sha1((source + name).encode()).hexdigest()).write_bytes(data)
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    slow, fast = build_tokenizer('tiktoken', {'encoding_name': 'gpt2'}), gpt2_tokenizer()
+    fast.chat_template = slow.chat_template
+    assert not slow.is_fast
+    examples = [{'prompt': 'Hello wörld! 日本', 'response': ' <|endoftext|> x'}, CHAT, {'prompt': '', 'response': '🙂'}]
+    assert tokenize_batch(examples, slow) == tokenize_batch(examples, fast)
