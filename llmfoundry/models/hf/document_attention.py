@@ -2,7 +2,8 @@
 
 Under the name ``IMPLEMENTATION`` every call goes to transformers' own ``sdpa`` function, so scaling, grouped heads and dropout are what they are there. Where the attention mask is not a
 mask but the lengths of documents (``document_lengths_as_mask``), the call is made once per document, causal and without any mask: no score between documents is ever computed. A block
-mask computes them all and hides them: 1.5 to 4 times slower on a CPU at 2,048 tokens of six documents. The lengths travel in the place of the mask, because that is the one
+mask computes them all and hides them. One row of 2,048 tokens in six documents, Llama of 4 layers and d 512, one CPU thread, forward + backward: 0.66 + 1.34 s per document,
+0.98 + 2.10 s with a block mask, 0.76 + 1.68 s without keeping them apart. The lengths travel in the place of the mask, because that is the one
 argument that every model hands from its forward to all its attention layers, through PEFT, sharding and the recomputation of activation checkpointing.
 
 Shapes: b batch, h heads, g key/value heads, s tokens per row, n documents of all rows, d head_dim.
@@ -79,7 +80,7 @@ def _attend_documents(module: torch.nn.Module, query: torch.Tensor, key: torch.T
         mask = _window_mask(size, window, query.device) if window is not None and size > window else None
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         # Some layers derive is_causal from the absence of a mask, so theirs would be False here.
-        contexts.append(attend(module, q, k, v, mask, **{**kwargs, 'is_causal': mask is None and size > 1})[0][0])
+        contexts.append(attend(module, q, k, v, mask, **{**kwargs, 'is_causal': mask is None})[0][0])
     return torch.cat(contexts).unflatten(0, (batch, seq_len))
 
 

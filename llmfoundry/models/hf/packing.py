@@ -51,6 +51,8 @@ class PackingRoute(NamedTuple):
     reason: str = ''
 
 
+# Not for compilers: the choice reads classes and sources, and what follows depends on lengths.
+@torch.compiler.disable
 def separate_documents(model: nn.Module, inputs: Mapping[str, Any], sequence_id: torch.Tensor, routes: dict[str, PackingRoute]) -> dict[str, Any]:
     """The inputs with which ``model`` computes each document as if it stood alone.
 
@@ -66,6 +68,8 @@ def separate_documents(model: nn.Module, inputs: Mapping[str, Any], sequence_id:
     Raises:
         PackingNotSupportedError: the model has no way to keep documents apart.
     """
+    if sequence_id.max() <= 0:
+        return dict(inputs)
     mask = inputs.get('attention_mask')
     ids = sequence_id if mask is None else torch.where(mask.bool(), sequence_id, PADDING_ID)
     if not has_packed_rows(ids):
@@ -79,9 +83,8 @@ def separate_documents(model: nn.Module, inputs: Mapping[str, Any], sequence_id:
     route = routes[device]
     if route.kind == 'refused':
         raise PackingNotSupportedError(type(_causal_lm(model)).__name__, attention_backend(model), route.reason)
-    # Keys in a cache belong to no document.
     positions = positions_within_documents(ids)
-    return {**inputs, 'position_ids': positions, 'use_cache': False, **_mask_arguments(_causal_lm(model), route.kind, ids, positions)}
+    return {**inputs, 'position_ids': positions, **_mask_arguments(_causal_lm(model), route.kind, ids, positions)}
 
 
 def has_packed_rows(sequence_id: torch.Tensor) -> bool:
@@ -201,7 +204,8 @@ def _document_lengths(ids: torch.Tensor) -> torch.Tensor:
 def _block_masks(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
     """(b, 1, s, s) masks by type of layer, or the one for all layers. Padding sees itself, so that no row of a mask is empty."""
     window, chunk = _window(model.config), _chunk(model.config)
-    behind = positions[:, :, None] - positions[:, None, :]
+    index = torch.arange(ids.shape[1], device=ids.device, dtype=torch.int32)
+    behind = index[:, None] - index[None]  # (s, s): within a document, distances are those of the row
     sees = (ids[:, :, None] == ids[:, None, :]) & (behind >= 0)
     masks = {'full_attention': sees}
     if window is not None:

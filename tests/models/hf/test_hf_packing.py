@@ -189,8 +189,21 @@ def test_unpacked_batches_after_packed_ones_generation_and_saved_configs(tmp_pat
     assert total_of(model, plain).item() == before and torch.equal(model.generate(prompt, **kwargs), tokens)
     model.model.save_pretrained(tmp_path / 'saved')
     assert document_attention.IMPLEMENTATION not in (tmp_path / 'saved' / 'config.json').read_text() + json.dumps(model.get_metadata()['model']['config'])
+    again = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
+    again.load_state_dict(model.model.state_dict())
+    plain.pop('labels')
+    assert torch.equal(again(**plain).logits, model.model(**plain).logits)
     twin = copy.deepcopy(model)
     assert total_of(twin, batch).item() == total_of(model, batch).item()
+
+
+@pytest.mark.parametrize('backend', ['sdpa', 'eager'])
+def test_compiled(backend: str, tmp_path: Path) -> None:
+    model, batch = build(tmp_path, 'llama', backend), packed_batch()
+    want = sum(separate_sums(model, batch))
+    got = total_of(torch.compile(model, backend='aot_eager'), batch)
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+    assert worst_gradient(gradients(model, got), gradients(model, want)) < 1e-4
 
 
 def test_refused_with_the_reason(tmp_path: Path) -> None:
