@@ -23,7 +23,7 @@ from typing import Any, Iterator, Sequence
 from llmfoundry.command_utils.data_prep.austen import austen_documents
 from llmfoundry.command_utils.data_prep.outputs import available_cores
 
-__all__ = ['corpus', 'main', 'tree_memory_bytes']
+__all__ = ['corpus', 'main', 'run_code', 'tree_memory_bytes']
 
 _GPT2 = Path(__file__).resolve().parents[2] / 'assets' / 'gpt2'
 _EOS = '<|endoftext|>'
@@ -96,8 +96,8 @@ def tree_memory_bytes(pid: int) -> int:
     return (int(own.group(1)) * 1024 if own else 0) + sum(map(tree_memory_bytes, children))
 
 
-def _run(python: str, code: str, arguments: Sequence[Any], environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Runs ``code`` and returns its RESULT with ``peak_bytes`` of the process tree."""
+def run_code(python: str, code: str, arguments: Sequence[Any], environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """Runs ``code`` in an interpreter and returns what its line RESULT says, with ``peak_bytes`` of the process tree."""
     peak = 0
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
@@ -137,12 +137,12 @@ def _count(folder: str) -> int:
 def _measure(kind: str, arguments: argparse.Namespace, text: str, tokens: int) -> dict[str, Any]:
     """One figure: tokens/s, seconds and peak bytes of ``kind``."""
     if kind in ('tokenizers', 'tiktoken'):
-        found = _run(sys.executable, _RAW, (kind, text, _GPT2, arguments.processes), {'TOKENIZERS_PARALLELISM': 'true'})
+        found = run_code(sys.executable, _RAW, (kind, text, _GPT2, arguments.processes), {'TOKENIZERS_PARALLELISM': 'true'})
         return {**found, 'rate': found['tokens'] / found['seconds']}
     python = arguments.peer if kind == 'peer' else sys.executable
     with tempfile.TemporaryDirectory(prefix='bench-', dir=arguments.folder) as folder:
         out = os.path.join(folder, 'out')
-        found = _run(python, _CONVERT, (text, out, _GPT2, arguments.concat_tokens, _EOS, 0 if kind == 'peer' else arguments.processes))
+        found = run_code(python, _CONVERT, (text, out, _GPT2, arguments.concat_tokens, _EOS, 0 if kind == 'peer' else arguments.processes))
         found['written'] = _count(out)
     return {**found, 'rate': tokens / found['seconds']}
 
