@@ -25,12 +25,15 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmfoundry.callbacks import hf_registration
+from llmfoundry.checkpoint.adapters import gather_adapter
 from llmfoundry.checkpoint.composer_to_hf import ExportOptions, export_checkpoint
-from llmfoundry.checkpoint.hf_folder import appears_whole, save_class_code
+from llmfoundry.checkpoint.hf_folder import save_class_code
 from llmfoundry.checkpoint.reader import Checkpoint, lazy_tensors
 from llmfoundry.checkpoint.trained_model import build_config, build_shell, fill
 from llmfoundry.checkpoint.upload import fetch_license, upload_folder
 from llmfoundry.errors import CheckpointError
+from llmfoundry.models.composer_base import BaseHuggingFaceModel
+from llmfoundry.models.hf.adapters import RESIZED
 
 __all__ = ['HuggingFaceCheckpointer']
 
@@ -58,6 +61,7 @@ class HuggingFaceCheckpointer(Callback):
         final_register_only: register at the end instead of saving folders.
         register_wait_seconds: how long registration may take.
         check_parity: run the parity gate of the converter on every folder (loads the model twice more on rank 0).
+        merge_adapter: of a model with an adapter, save the merged model; otherwise the adapter alone, in PEFT's format.
 
     Raises:
         ValueError: unknown precision; at start, a model that is not a Hugging Face model, or a name to register without an MLflow logger.
@@ -76,6 +80,7 @@ class HuggingFaceCheckpointer(Callback):
         final_register_only: bool = False,
         register_wait_seconds: int = 7200,
         check_parity: bool = False,
+        merge_adapter: bool = False,
     ) -> None:
         if precision not in _PRECISIONS:
             raise ValueError(f'hf_checkpointer.precision: {precision!r} is unknown; choose one of {", ".join(_PRECISIONS)}')
@@ -93,6 +98,7 @@ class HuggingFaceCheckpointer(Callback):
         self.final_register_only = final_register_only
         self.register_wait_seconds = register_wait_seconds
         self.check_parity = check_parity
+        self.merge_adapter = merge_adapter
         self.last_checkpoint_batch: Time | None = None
         self.mlflow_loggers: list[MLFlowLogger] = []
         self._should_save = create_interval_scheduler(self.save_interval, include_end_of_training=True)
@@ -169,7 +175,10 @@ class HuggingFaceCheckpointer(Callback):
         self._raise_failed_uploads()
         self.last_checkpoint_batch = state.timestamp.batch
         composer_model = _unwrapped(state)
-        weights = get_model_state_dict(composer_model.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if composer_model.using_peft and isinstance(composer_model, BaseHuggingFaceModel) and not self.merge_adapter:
+            weights = gather_adapter(composer_model)
+        else:
+            weights = get_model_state_dict(composer_model.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         failure: list[str | None] = [None]
         if dist.get_global_rank() == 0:
             try:
@@ -201,11 +210,7 @@ class HuggingFaceCheckpointer(Callback):
     def _write_folder(self, output: Path, state: State, composer_model: HuggingFaceModel, weights: dict[str, Any]) -> None:
         """Writes one folder, on rank 0."""
         if composer_model.using_peft:
-            with appears_whole(output, self.overwrite) as folder:
-                composer_model.model.save_pretrained(folder, state_dict=weights)
-                if composer_model.tokenizer is not None:
-                    composer_model.tokenizer.save_pretrained(folder)
-                self.save_additional_contents(str(folder), state)
+            self._write_adapter(output, state, composer_model, weights)
             return
         config = self.transform_config(copy.deepcopy(composer_model.model.config))
         live = _checkpoint(composer_model, config, weights)
@@ -216,17 +221,26 @@ class HuggingFaceCheckpointer(Callback):
             model, tokenizer = self.transform_model_and_tokenizer(copy.deepcopy(model), copy.deepcopy(tokenizer))
         model.config.use_cache = config.use_cache
         transformed = _checkpoint(composer_model, model.config, model.state_dict())
-        options = ExportOptions(
-            precision=self.precision, max_shard_size=os.environ.get(MAX_SHARD_SIZE_VARIABLE, '1GB'), trust_remote_code=True, check_parity=self.check_parity,
-            overwrite=self.overwrite,
-        )
 
         def finish(folder: Path) -> None:
             save_class_code(model, folder, self.flatten_imports)
             fetch_license(folder, getattr(composer_model.model.config, '_name_or_path', ''))
             self.save_additional_contents(str(folder), state)
 
-        export_checkpoint(transformed, output, options, tokenizer, finish)
+        export_checkpoint(transformed, output, self._options(), tokenizer, finish)
+
+    def _write_adapter(self, output: Path, state: State, composer_model: HuggingFaceModel, weights: dict[str, Any]) -> None:
+        """Writes the adapter or, with ``merge_adapter``, base model and adapter in one."""
+        live = _checkpoint(composer_model, composer_model.model.get_base_model().config, weights)
+        adapter = json.loads(json.dumps(composer_model.model.active_peft_config.to_dict(), default=_jsonable))
+        live.huggingface['model']['peft_config'] = {'content': adapter}
+        export_checkpoint(live, output, self._options(), composer_model.tokenizer, lambda folder: self.save_additional_contents(str(folder), state))
+
+    def _options(self) -> ExportOptions:
+        return ExportOptions(
+            precision=self.precision, max_shard_size=os.environ.get(MAX_SHARD_SIZE_VARIABLE, '1GB'), trust_remote_code=True, check_parity=self.check_parity,
+            overwrite=self.overwrite, merge_adapter=self.merge_adapter,
+        )
 
     # Registration and upload --------------------------------------------------------------------------------------------------------
 
@@ -259,10 +273,19 @@ def _unwrapped(state: State) -> Any:
 
 def _checkpoint(composer_model: HuggingFaceModel, config: PretrainedConfig, weights: dict[str, Any]) -> Checkpoint:
     """The running model in the form of an opened checkpoint."""
+    inner = composer_model.model.get_base_model() if composer_model.using_peft else composer_model.model
     # FSDP2 puts a class of its own before the model's.
-    cls = next(c for c in type(composer_model.model).__mro__ if not c.__module__.startswith('torch.distributed'))
-    content = json.loads(config.to_json_string())
-    return Checkpoint('the model in training', lazy_tensors(weights), {'model': {'config': {'content': content, 'class': f'{cls.__module__}.{cls.__name__}'}}}, cls)
+    cls = next(c for c in type(inner).__mro__ if not c.__module__.startswith('torch.distributed'))
+    entry = {'content': json.loads(config.to_json_string()), 'class': f'{cls.__module__}.{cls.__name__}', 'resized_embeddings': bool(getattr(inner, RESIZED, False))}
+    model: dict[str, Any] = {'config': entry}
+    if getattr(inner, 'generation_config', None) is not None:
+        model['generation_config'] = {'content': json.loads(inner.generation_config.to_json_string())}
+    return Checkpoint('the model in training', lazy_tensors(weights), {'model': model}, cls)
+
+
+def _jsonable(value: Any) -> Any:
+    """Sets, which adapter configs hold, as lists; enums as their values."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else getattr(value, 'value', str(value))
 
 
 def _upload_and_remove(folder: Path, uri: str, temporary: str | None) -> None:

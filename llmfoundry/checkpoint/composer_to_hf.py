@@ -7,26 +7,18 @@ and passed the parity gate. The price is reading the model three times (write, r
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Mapping
 
 import torch
 
-from llmfoundry.checkpoint.hf_folder import (
-    appears_whole,
-    load_tokenizer,
-    write_config,
-    write_generation_config,
-    write_model_card,
-    write_tokenizer_files,
-)
+from llmfoundry.checkpoint.export_adapter import ExportOptions, export_adapter
+from llmfoundry.checkpoint.hf_folder import appears_whole, merge_generation_config, tokenizer_for, write_config, write_model_card
 from llmfoundry.checkpoint.hub_export import portable_config, unportable_layers, write_model_code
 from llmfoundry.checkpoint.parity import ParityReport, Reference, check_parity, compute_logits, probe_batch
 from llmfoundry.checkpoint.reader import Checkpoint, LazyTensor, open_checkpoint
 from llmfoundry.checkpoint.trained_model import build_config, build_shell, check_weights, fill, is_mpt
-from llmfoundry.checkpoint.weights import DTYPES, drop_tied, parse_size, write_safetensors
-from llmfoundry.errors import CheckpointError
+from llmfoundry.checkpoint.weights import drop_tied, write_safetensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,36 +26,6 @@ if TYPE_CHECKING:
 __all__ = ['ExportOptions', 'convert_checkpoint', 'export_checkpoint', 'write_folder']
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """How to export.
-
-    Attributes:
-        precision: fp32, fp16 or bf16 (or torch's names), of the floating-point weights.
-        max_shard_size: largest file of weights.
-        trust_remote_code: whether code that an architecture or tokenizer has on the Hub may run. Our own MPT code needs no permission.
-        check_parity: compare the written folder with the trained model, see ``parity``.
-        overwrite: replace an existing folder, in one step at the end.
-        allowed_classes: classes beyond Composer's own that the checkpoint may hold.
-    """
-
-    precision: str = 'fp32'
-    max_shard_size: str | int = '5GB'
-    trust_remote_code: bool = False
-    check_parity: bool = True
-    overwrite: bool = False
-    allowed_classes: tuple[str, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        if self.precision not in DTYPES:
-            raise ValueError(f'output precision {self.precision!r} is unknown; choose one of {sorted(DTYPES)}')
-        parse_size(self.max_shard_size)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[self.precision]
 
 
 def convert_checkpoint(composer_path: str, output: str | Path, options: ExportOptions | None = None, local_copy: str | None = None) -> ParityReport | None:
@@ -103,7 +65,8 @@ def export_checkpoint(
         finish: called with the written folder before it is checked and takes its name.
     """
     if checkpoint.peft_config is not None:
-        raise CheckpointError(f'{checkpoint.source!r} holds a LoRA adapter, which has no weights of its own model; export it with the hf_checkpointer callback, which writes adapter folders')
+        export_adapter(checkpoint, output, options, tokenizer, finish)
+        return None
     mpt = is_mpt(checkpoint)
     config = build_config(checkpoint, options.trust_remote_code)
     shell = build_shell(checkpoint, config, options.trust_remote_code)
@@ -113,8 +76,8 @@ def export_checkpoint(
         log.warning(f'{layer} comes from a plug-in; the exported folder loads only where that plug-in registers it')
     with appears_whole(output, options.overwrite) as folder:
         exported_config = portable_config(checkpoint.config) if mpt else {'architectures': [checkpoint.class_name], **checkpoint.config}
-        found = _write_tokenizer(folder, checkpoint, options, tokenizer)
-        write_folder(folder, weights, exported_config, found, options)
+        found = tokenizer_for(folder, checkpoint, options.trust_remote_code, tokenizer)
+        write_folder(folder, weights, exported_config, found, options, checkpoint.generation_config)
         if mpt:
             write_model_code(folder)
         write_model_card(folder, output.name, has_code=mpt)
@@ -123,32 +86,25 @@ def export_checkpoint(
         return _gate(folder, checkpoint, weights, found, options) if options.check_parity else None
 
 
-def _write_tokenizer(folder: Path, checkpoint: Checkpoint, options: ExportOptions, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-        return tokenizer
-    files = checkpoint.huggingface.get('tokenizer') or {}
-    if not files:
-        log.warning(f'{checkpoint.source!r} carries no tokenizer, so the folder has none')
-        return None
-    write_tokenizer_files(folder, files)
-    return load_tokenizer(folder, options.trust_remote_code)
-
-
 def write_folder(
     folder: Path,
     weights: Mapping[str, LazyTensor],
     config: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None,
     options: ExportOptions,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes weights, config.json and generation_config.json into an existing folder."""
+    """Writes weights, config.json and generation_config.json into an existing folder.
+
+    Args:
+        generation: contents of the generation_config.json that the model came with.
+    """
     complete = dict(config)
     for key in ('eos_token_id', 'bos_token_id', 'pad_token_id'):
         if complete.get(key) is None and tokenizer is not None and getattr(tokenizer, key) is not None:
             complete[key] = getattr(tokenizer, key)
     write_safetensors(folder, weights, options.dtype, options.max_shard_size)
-    write_generation_config(folder, complete, tokenizer)
+    merge_generation_config(folder, generation, complete, tokenizer)
     write_config(folder, complete, str(options.dtype).removeprefix('torch.'))
 
 

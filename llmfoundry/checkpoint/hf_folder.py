@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -18,7 +19,11 @@ from llmfoundry.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ['appears_whole', 'load_tokenizer', 'merge_generation_config', 'save_class_code', 'write_config', 'write_generation_config', 'write_model_card', 'write_tokenizer_files']
+    from llmfoundry.checkpoint.reader import Checkpoint
+
+__all__ = ['appears_whole', 'load_tokenizer', 'merge_generation_config', 'save_class_code', 'tokenizer_for', 'write_config', 'write_generation_config', 'write_model_card', 'write_tokenizer_files']
+
+log = logging.getLogger(__name__)
 
 _TOKENIZER_SUFFIXES = {'.json', '.txt', '.py', '.model', '.jinja', '.tiktoken'}
 _RESERVED = {'config.json', 'generation_config.json', 'model.safetensors.index.json'}
@@ -104,7 +109,7 @@ def merge_generation_config(folder: Path, given: Mapping[str, Any] | None, confi
         # A tokenizer that ends turns with a token of its own was finetuned to do so; the base model's stops stay.
         content['eos_token_id'] = [eos, *stops] if stops else eos
     for key in ('bos_token_id', 'pad_token_id'):
-        if content.get(key) is None and tokenizer is not None and getattr(tokenizer, key) is not None:
+        if tokenizer is not None and getattr(tokenizer, key) is not None:
             content[key] = getattr(tokenizer, key)
     (folder / 'generation_config.json').write_text(json.dumps(content, indent=2, sort_keys=True) + '\n', encoding='utf-8')
 
@@ -155,6 +160,19 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, ImportError, KeyError, TypeError) as e:
         raise CheckpointError(f'the tokenizer files of the checkpoint cannot be loaded: {e}. If the tokenizer is code of yours, pass --trust_remote_code.') from e
+
+
+def tokenizer_for(folder: Path, checkpoint: Checkpoint, trust_remote_code: bool, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+    """Writes a tokenizer into ``folder``: the given one, else the one in the checkpoint; returns it."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        return tokenizer
+    files = checkpoint.huggingface.get('tokenizer') or {}
+    if not files:
+        log.warning(f'{checkpoint.source!r} carries no tokenizer, so the folder has none')
+        return None
+    write_tokenizer_files(folder, files)
+    return load_tokenizer(folder, trust_remote_code)
 
 
 def save_class_code(model: PreTrainedModel, folder: Path, flatten_imports: Sequence[str] = ('llmfoundry',)) -> None:

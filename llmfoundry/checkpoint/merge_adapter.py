@@ -12,7 +12,7 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import torch
 import transformers
@@ -21,11 +21,12 @@ from llmfoundry.checkpoint.base_model import BaseModel, open_base_model
 from llmfoundry.checkpoint.hf_folder import appears_whole, merge_generation_config, write_config, write_model_card
 from llmfoundry.checkpoint.merge import Merged, merge_layer_by_layer, merge_whole, merges_layer_by_layer
 from llmfoundry.checkpoint.reader import LazyTensor
+from llmfoundry.checkpoint.trained_model import fill
 from llmfoundry.checkpoint.weights import DTYPES, parse_size, write_safetensors
-from llmfoundry.errors import AdapterMismatchError, CheckpointError
+from llmfoundry.errors import AdapterMismatchError
 from llmfoundry.models.hf.adapters import add_adapter, check_adapter_fits, is_same_base, read_adapter
 
-__all__ = ['MergeOptions', 'merge_adapter', 'parse_device_map']
+__all__ = ['MergeOptions', 'merge_adapter', 'merge_into', 'parse_device_map']
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +62,7 @@ class MergeOptions:
         parse_device_map(self.device_map)
 
 
-def merge_adapter(
-    basemodel: str, peftmodel: str, outpath: str | Path, options: MergeOptions | None = None, base_weights: Mapping[str, LazyTensor] | None = None,
-) -> None:
+def merge_adapter(basemodel: str, peftmodel: str, outpath: str | Path, options: MergeOptions | None = None) -> None:
     """Merges the adapter ``peftmodel`` into ``basemodel`` and writes the new folder ``outpath``.
 
     Args:
@@ -71,7 +70,6 @@ def merge_adapter(
         peftmodel: the same, of the adapter.
         outpath: local folder that does not exist.
         options: see there.
-        base_weights: instead of the base model's own, by name; for checkpoints that hold them.
 
     Raises:
         FileExistsError: ``outpath`` exists.
@@ -82,18 +80,33 @@ def merge_adapter(
     options, output = options or MergeOptions(), Path(outpath)
     if output.exists() and not options.overwrite:
         raise FileExistsError(f'The output folder {str(output)!r} exists already. Choose another name or remove it first.')
-    config, adapter = read_adapter(peftmodel)
-    if config.is_prompt_learning:
-        raise ValueError(f'{peftmodel!r} is a {config.peft_type.value} adapter: it learns a prompt, not weights, so it cannot be merged; load it with PeftModel.from_pretrained.')
+    config, _ = read_adapter(peftmodel)
     base = open_base_model(basemodel, options.trust_remote_code)
     if not options.any_base and not is_same_base(config.base_model_name_or_path, basemodel):
         raise AdapterMismatchError(
             f'The adapter {peftmodel!r} was made for another base model: it names {config.base_model_name_or_path!r}, and would be merged into {basemodel!r}. '
             'Give that base model, or pass --any_base if the two are the same model under different names.',
         )
+    merge_into(base, peftmodel, output, options)
+
+
+def merge_into(
+    base: BaseModel, peftmodel: str, output: Path, options: MergeOptions, base_weights: Mapping[str, LazyTensor] | None = None, finish: Callable[[Path], None] | None = None,
+) -> None:
+    """``merge_adapter`` for a base model that is open, whatever its name.
+
+    Args:
+        base_weights: weights by name instead of those in the base model's folder.
+        finish: called with the written folder before it takes its name.
+    """
+    config, adapter = read_adapter(peftmodel)
+    if config.is_prompt_learning:
+        raise ValueError(f'{peftmodel!r} is a {config.peft_type.value} adapter: it learns a prompt, not weights, so it cannot be merged; load it with PeftModel.from_pretrained.')
     merged = _merge(base, config, adapter, peftmodel, options, base_weights)
     with appears_whole(output, options.overwrite) as folder:
         _write(folder, output.name, base, peftmodel, merged, options)
+        if finish is not None:
+            finish(folder)
 
 
 def _merge(
@@ -114,9 +127,7 @@ def _merge(
     if merges_layer_by_layer(config):
         weights = base.weights(shell) if base_weights is None else base_weights
         return merge_layer_by_layer(shell, adapted, weights, adapter, parse_device_map(options.device_map))
-    if base_weights is not None:
-        raise CheckpointError(f'{config.peft_type.value} adapters are merged into the base model in its own folder; export the adapter, and merge it with merge_adapter')
-    return merge_whole(base.load(), peftmodel)
+    return merge_whole(base.load() if base_weights is None else fill(base.shell(), base_weights), peftmodel)
 
 
 def _write(folder: Path, name: str, base: BaseModel, peftmodel: str, merged: Merged, options: MergeOptions) -> None:

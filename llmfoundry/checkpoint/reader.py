@@ -51,7 +51,7 @@ class Checkpoint:
     Attributes:
         source: where it came from, for messages.
         weights: name of the parameter in the Hugging Face model -> weight.
-        huggingface: the ``state.integrations.huggingface`` dictionary: ``model`` (config and class) and ``tokenizer`` (files).
+        huggingface: the ``state.integrations.huggingface`` dictionary: ``model`` (config and class, configs of adapter and generation) and ``tokenizer`` (files).
         model_class: the class itself where it is at hand, as in a running training; None to find it by name.
     """
 
@@ -78,9 +78,20 @@ class Checkpoint:
 
     @property
     def peft_config(self) -> dict[str, Any] | None:
-        """Contents of adapter_config.json of a LoRA run, else None."""
+        """Contents of adapter_config.json of a run with an adapter, else None."""
         entry = self.huggingface['model'].get('peft_config')
         return None if entry is None else entry['content']
+
+    @property
+    def generation_config(self) -> dict[str, Any] | None:
+        """Contents of generation_config.json, where the checkpoint has it (Composer's own have not)."""
+        entry = self.huggingface['model'].get('generation_config')
+        return None if entry is None else entry['content']
+
+    @property
+    def has_resized_embeddings(self) -> bool:
+        """Whether the embeddings of an adapted model were grown for the tokenizer, so that its base model's folder lacks rows."""
+        return bool(self.huggingface['model']['config'].get('resized_embeddings'))
 
 
 def lazy_tensors(state_dict: Mapping[str, Any]) -> dict[str, LazyTensor]:

@@ -186,6 +186,8 @@ class BaseHuggingFaceModel(composer_hf.HuggingFaceModel):
         inner = self.model.get_base_model() if self.using_peft else self.model
         # An adapter belongs to a model of this class; PEFT's own says nothing about it.
         files['model']['config']['class'] = f'{type(inner).__module__}.{type(inner).__name__}'
+        if getattr(inner, adapters.RESIZED, False):
+            files['model']['config']['resized_embeddings'] = True
         generation = getattr(inner, 'generation_config', None)
         if generation is not None:
             files['model']['generation_config'] = {'file_extension': '.json', 'content': json.loads(generation.to_json_string(use_diff=True))}

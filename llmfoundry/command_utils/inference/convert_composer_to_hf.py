@@ -24,6 +24,12 @@ _REMOTE_CODE_HINT = (
     '--test_uploaded_model loads the uploaded MPT, whose code lies in the repository; pass --trust_remote_code to allow it, or leave --test_uploaded_model out.'
 )
 
+_UNCHECKED = {
+    'adapter': "adapter: load it with PeftModel.from_pretrained(base_model, folder), or merge it with merge_adapter; its weights are the checkpoint's own",
+    'merged': 'parity: every merged layer computes what the layer and its adapter computed',
+    'skipped': 'parity: not checked (--skip_parity)',
+}
+
 
 @dataclass(frozen=True)
 class ConvertArgs:
@@ -49,6 +55,10 @@ class ConvertArgs:
     """Whether to skip the comparison of the folder with the trained model."""
     allow_class: tuple[str, ...] = ()
     """Classes beyond Composer's own that the checkpoint may hold, as package.module.Class."""
+    merge_adapter: bool = False
+    """Whether a checkpoint with an adapter is written merged."""
+    base_model: str | None = None
+    """Base model to merge into, where the checkpoint does not hold it."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> ConvertArgs:
@@ -69,6 +79,8 @@ def parse_args(argv: Sequence[str] | None = None) -> ConvertArgs:
     parser.add_argument('--max_shard_size', default='5GB', help='largest file of weights (default: %(default)s); bounds the memory that writing takes')
     parser.add_argument('--skip_parity', action='store_true', help='do not compare the written folder with the trained model')
     parser.add_argument('--allow_class', action='append', default=[], metavar='PACKAGE.MODULE.CLASS', help='a class of your own that the checkpoint may hold; may be repeated')
+    parser.add_argument('--merge_adapter', action='store_true', help="of a run with an adapter, write the merged model; default: the adapter alone, in PEFT's format")
+    parser.add_argument('--base_model', default=None, help='with --merge_adapter: base model to merge into, where the checkpoint does not hold it; default: the one that the adapter names')
     values = vars(parser.parse_args(argv))
     values['allow_class'] = tuple(values['allow_class'])
     return ConvertArgs(**values)
@@ -98,12 +110,12 @@ def convert_composer_to_hf(args: ConvertArgs) -> None:
     convert = resolve_target('llmfoundry.checkpoint.composer_to_hf:convert_checkpoint')
     options = make_options(
         precision=args.output_precision, max_shard_size=args.max_shard_size, trust_remote_code=args.trust_remote_code,
-        check_parity=not args.skip_parity, allowed_classes=args.allow_class,
+        check_parity=not args.skip_parity, allowed_classes=args.allow_class, merge_adapter=args.merge_adapter, base_model=args.base_model,
     )
     with _local_output(args.hf_output_path) as folder:
         print(f'Converting {args.composer_path} to {args.hf_output_path} in {args.output_precision}')
         report = convert(args.composer_path, folder, options, args.local_checkpoint_save_location)
-        print(report if report is not None else 'parity: not checked (--skip_parity)')
+        print(report if report is not None else _UNCHECKED['adapter' if (folder / 'adapter_config.json').exists() else 'merged' if args.merge_adapter else 'skipped'])
         has_code = (folder / 'modeling_mpt.py').exists()
         if '://' in args.hf_output_path:
             resolve_target('llmfoundry.checkpoint.upload:upload_folder')(folder, args.hf_output_path)

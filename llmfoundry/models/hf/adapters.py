@@ -105,10 +105,14 @@ def add_adapter(model: PreTrainedModel, config: Any) -> Any:
         kept = {id(model.get_parameter(name)) for name in embedding_names(model)}
         base = {key: tensor for key, tensor in base.items() if key not in kept}
     on_meta = any(p.is_meta for p in model.parameters())
+    recorded = config.base_model_name_or_path
     try:
         adapted = import_peft('peft_config').get_peft_model(model, config, low_cpu_mem_usage=on_meta)
     except ValueError as e:
         raise ValueError(f'peft_config does not fit {type(model).__name__}: {e} Its linear layers are called {", ".join(_linear_names(model))}.') from e
+    finally:
+        if recorded:  # which PEFT has replaced by the name of this model
+            config.base_model_name_or_path = recorded
     setattr(adapted, FROZEN_NAMES, _frozen_names(adapted, base))
     return adapted
 
@@ -132,6 +136,7 @@ def load_adapter(model: PreTrainedModel, adapter: str, token: bool | str | None 
     except ValueError as e:
         raise AdapterMismatchError(f'The adapter {adapter!r} was made for another base model (it names {recorded!r}) than {model.name_or_path!r}: {e}') from e
     check_adapter_fits(adapted, {name: tuple(weight.shape) for name, weight in weights.items()}, adapter, model.name_or_path)
+    config.base_model_name_or_path = model.name_or_path
     peft = import_peft('pretrained_lora_id_or_path')
     peft.set_peft_model_state_dict(adapted, weights, low_cpu_mem_usage=any(p.is_meta for p in adapted.parameters()))
     return adapted
