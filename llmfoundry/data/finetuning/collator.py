@@ -14,10 +14,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.data.batch_stats import CROSS_ENTROPY_IGNORE_INDEX
-from llmfoundry.data.finetuning.targets import stitch_example, truncate, validate_target_settings
+from llmfoundry.data.finetuning.targets import ends_with_eos, stitch_example, truncate, validate_target_settings
 from llmfoundry.data.packing import best_fit_bins
 
-__all__ = ['Document', 'PackedRow', 'PackingCollator', 'RowLayout', 'Seq2SeqFinetuningCollator', 'assemble', 'validate_target_settings']
+__all__ = ['Document', 'PackedRow', 'PackingCollator', 'RowLayout', 'Seq2SeqFinetuningCollator', 'assemble', 'validate_target_settings', 'with_idle_rows']
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,13 @@ def assemble(rows: Sequence[Sequence[Document]], layout: RowLayout) -> dict[str,
         'total_tokens': np.where(is_real, row_lengths, 0).tolist(),
         'loss_generating_tokens': (labels[:, 1:] != CROSS_ENTROPY_IGNORE_INDEX).sum(axis=1).tolist(),
     }
+
+
+def with_idle_rows(batch: Mapping[str, Any], num_rows: int, pad_token_id: int) -> dict[str, Any]:
+    """The batch of ``assemble`` with rows without documents after its own."""
+    idle = assemble([()] * num_rows, RowLayout(batch['input_ids'].shape[1], pad_token_id, 'right'))
+    added = {key: torch.cat([batch[key], value]) if isinstance(value, torch.Tensor) else [*batch[key], *value] for key, value in idle.items()}
+    return {**batch, **added}
 
 
 class Seq2SeqFinetuningCollator:
@@ -226,7 +233,7 @@ class Seq2SeqFinetuningCollator:
 
     def _with_eos(self, ids: np.ndarray) -> np.ndarray:
         eos = self.tokenizer.eos_token_id
-        return ids if eos is None or (len(ids) and ids[-1] == eos) else np.append(ids, np.int32(eos))
+        return ids if eos is None or ends_with_eos(ids, eos) else np.append(ids, np.int32(eos))
 
     def _cut(self, ids: np.ndarray, part: str) -> np.ndarray:
         if len(ids) <= self.max_seq_len:
@@ -262,6 +269,8 @@ class PackingCollator:
         self.collator = collator
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        documents = [self.collator.document(example) for example in examples]
+        documents = [d for e in examples for d in (e.documents if isinstance(e, PackedRow) else (self.collator.document(e),))]
+        if not documents:
+            return self.collator.batch_of_rows([()])
         bins = best_fit_bins([len(d.ids) for d in documents], self.collator.max_seq_len)
         return self.collator.batch_of_rows([[documents[i] for i in bin_] for bin_ in bins])

@@ -198,7 +198,7 @@ def _streaming_loader(
         dataset = {**{key: value for key, value in dataset.items() if key != 'packing'}, 'packing_ratio': ratio}
     collate_fn, examples_per_batch = _collate_fn(dataset, tokenizer, device_rows)
     examples.batch_size = examples_per_batch
-    return StreamingFinetuningLoader(examples, collate_fn=collate_fn, batch_size=examples_per_batch, **arguments)
+    return StreamingFinetuningLoader(examples, is_packed=block.packing is not None, collate_fn=collate_fn, batch_size=examples_per_batch, **arguments)
 
 
 def _streaming_preprocessing_fn(block: FinetuningDataBlock) -> preprocessing.PreprocessingFn | None:

@@ -182,7 +182,8 @@ def _streaming_source(dataset: Mapping[str, Any]) -> list[Problem]:
     if not _given(dataset, 'local', 'remote', 'streams'):
         return []
     found: list[Problem] = []
-    for key in _given(dataset, 'hf_kwargs', 'kwargs', 'preprocessing_fn') + (['safe_load'] if dataset.get('safe_load') else []):
+    foreign = [] if _given(dataset, 'hf_name') else _given(dataset, 'hf_kwargs', 'kwargs', 'preprocessing_fn')
+    for key in foreign + (['safe_load'] if dataset.get('safe_load') else []):
         found.append((key, f'belongs to Hugging Face sources and cannot be set together with {_and(_given(dataset, "local", "remote", "streams"))}. Preprocess when the shards are made, or delete the key'))
     if _given(dataset, 'remote') and not _given(dataset, 'local'):
         found.append(('remote', f'needs `local` too: the folder where the shards of {dataset["remote"]} are kept'))

@@ -11,6 +11,7 @@ import logging
 from typing import Any, Iterator, Mapping, Sequence
 
 import numpy as np
+import torch
 from streaming import Stream
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +20,7 @@ from llmfoundry.data import streams as stream_settings
 from llmfoundry.data.checked_streaming import CheckedStreamingDataset
 from llmfoundry.data.dataloader import TextDataLoader
 from llmfoundry.data.finetuning import preprocessing
+from llmfoundry.data.finetuning.collator import PackedRow, with_idle_rows
 from llmfoundry.data.finetuning.tokenization import tokenize_formatted_example
 from llmfoundry.data.shard_checks import UnusableColumnsError
 from llmfoundry.errors import ConfigError, ConfigProblem, DataError, DatasetTooSmallError, UserError
@@ -37,6 +39,33 @@ _IGNORE_INDEX = -100
 def streaming_keys() -> tuple[str, ...]:
     """Arguments of the installed StreamingDataset."""
     return stream_settings.streaming_argument_names()
+
+
+class _Repeated(int):
+    """A sample id that comes a second time in its epoch, only so that all ranks have as many samples."""
+
+
+def repeats_per_worker(work: np.ndarray, expected: int) -> np.ndarray | None:
+    """Which samples Streaming repeats to give every rank as many: bool, of the shape of ``work``; None if there are none.
+
+    Args:
+        work: sample ids of an epoch, (nodes, ranks, workers, batches, batch); -1 is padding.
+        expected: samples left in the epoch.
+    """
+    ids = work.reshape(-1)
+    if int((ids >= 0).sum()) <= expected:
+        return None
+    # In the order of training: the later occurrence is the repeated one.
+    in_turn = np.arange(work.size).reshape(work.shape).transpose(3, 2, 0, 1, 4).reshape(-1)
+    in_turn = in_turn[ids[in_turn] >= 0]
+    _, first = np.unique(ids[in_turn], return_index=True)
+    if len(first) != expected:
+        return None  # streams that are repeated on purpose hide which ones they are
+    again = np.ones(len(in_turn), dtype=bool)
+    again[first] = False
+    marks = np.zeros(work.size, dtype=bool)
+    marks[in_turn[again]] = True
+    return marks.reshape(work.shape)
 
 
 class StreamingFinetuningDataset(CheckedStreamingDataset):
@@ -115,23 +144,26 @@ class StreamingFinetuningDataset(CheckedStreamingDataset):
         """The sample as ``{'turns': [...]}``."""
         columns = set(sample)
         if 'turns' in columns:
-            turns = json.loads(sample['turns']) if isinstance(sample['turns'], (str, bytes)) else sample['turns']
+            turns = _from_json(sample['turns'], 'turns', path, position)
+            if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) and {'input_ids', 'labels'} <= set(turn) for turn in turns):
+                raise DataError(f'turns: expected a list of turns with input_ids and labels, got {str(turns)[:80]}', file=path, sample=position)
             return {'turns': [self._turn(turn, path, position) for turn in turns]}
         if {'input_ids', 'labels'} <= columns:
             return {'turns': [self._turn(sample, path, position)]}
         try:
-            return tokenize_formatted_example(self._formatted(sample), self.tokenizer)
+            return tokenize_formatted_example(self._formatted(sample, path, position), self.tokenizer)
         except UserError as e:
-            e.args = (f'{path} (sample {position}): {e}',)
+            e.message = f'{path} (sample {position}): {e.message}'
+            e.args = (e.message,)
             raise
 
-    def _formatted(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _formatted(self, sample: Mapping[str, Any], path: str, position: int) -> Mapping[str, Any]:
         """The prompt/response or chat example in a sample; columns beside those are left out."""
         for form in _RAW_COLUMNS:
             if form <= set(sample):
                 example = {key: sample[key] for key in sample if key in form}
-                if isinstance(example.get('messages'), (str, bytes)):
-                    example['messages'] = json.loads(example['messages'])
+                if 'messages' in example:
+                    example['messages'] = _from_json(example['messages'], 'messages', path, position)
                 return example
         assert self.preprocessing_fn is not None
         return preprocessing.apply(self.preprocessing_fn, sample, self.tokenizer)
@@ -159,25 +191,68 @@ class StreamingFinetuningDataset(CheckedStreamingDataset):
             raise DataError(f'{column}: token id {wrong[0]} is outside the {self._num_ids} ids of the tokenizer. Use the tokenizer that the data were prepared with{hint}', file=path, sample=position)
         return ids
 
+    def _share_work(self, sample_ids: np.ndarray) -> Any:
+        self._note_repeats(sample_ids)
+        return super()._share_work(sample_ids)
+
+    def _attach_work(self) -> Any:
+        attached = super()._attach_work()
+        self._note_repeats(attached[0])
+        return attached
+
+    def _note_repeats(self, work: np.ndarray) -> None:
+        """Keeps which samples of this worker are repeats; all of the epoch's work is at hand only here."""
+        world = self._parallel_worker_world
+        marks = repeats_per_worker(work, self.epoch_size - self._first_sample)
+        mine = (world.node, world.rank_of_node, world.worker_of_rank)
+        self._repeats = marks[mine].reshape(-1)[work[mine].reshape(-1) >= 0] if marks is not None else None
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> np.ndarray:
+        self._first_sample = sample_in_epoch
+        return super()._get_work(epoch, sample_in_epoch)
+
+    def _each_sample_id(self, it: Any) -> Iterator[int]:
+        repeats = self._repeats
+        for number, sample_id in enumerate(super()._each_sample_id(it)):
+            yield _Repeated(sample_id) if repeats is not None and repeats[number] else sample_id
+
+    def __getitem__(self, at: Any) -> Any:
+        # A repeated sample keeps its rank busy, and is trained once all the same.
+        return PackedRow(()) if isinstance(at, _Repeated) else super().__getitem__(at)
+
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """As its base's; Composer counts rows, but the position is a number of examples."""
         if num_samples == 0 and from_beginning:
             return super().state_dict(0, True)
         if self.examples_out is not None:
-            return super().state_dict(self.examples_out, False)
+            state = super().state_dict(self.examples_out, False)
+            # A last batch that is not full is counted as if it were.
+            return {**state, 'sample_in_epoch': min(state['sample_in_epoch'], self.epoch_size)}
         return super().state_dict(int(num_samples * (self.packing_ratio or 1)), from_beginning)
 
 
+def _from_json(value: Any, column: str, path: str, position: int) -> Any:
+    """``value``, decoded where the column was written as text."""
+    try:
+        return json.loads(value) if isinstance(value, (str, bytes)) else value
+    except ValueError as e:
+        raise DataError(f'{column}: not JSON ({e}): {str(value)[:80]}', file=path, sample=position) from e
+
+
 class StreamingFinetuningLoader(TextDataLoader):
-    """Counts the examples behind the batches that it hands out, since packed batches have fewer rows than that.
+    """Counts the examples behind the batches that it hands out, since packed batches have fewer rows than that, and gives all ranks as many rows.
+
+    Ranks that have as many rows have as many microbatches; otherwise sharded models would wait for each other for ever.
 
     Args:
         dataset: the examples.
+        is_packed: whether the rows of a batch depend on its examples.
         **arguments: every other argument of a DataLoader; ``batch_size`` is in examples.
     """
 
-    def __init__(self, dataset: StreamingFinetuningDataset, **arguments: Any) -> None:
+    def __init__(self, dataset: StreamingFinetuningDataset, is_packed: bool = False, **arguments: Any) -> None:
         super().__init__(dataset, **arguments)
+        self._is_packed = is_packed
         self._examples_per_batch = arguments['batch_size'] * dist.get_world_size()
 
     def _get_batch_size(self, batch: Any) -> int:
@@ -187,4 +262,9 @@ class StreamingFinetuningLoader(TextDataLoader):
         self.dataset.examples_out = 0
         for batch in super().__iter__():
             self.dataset.examples_out += self._examples_per_batch
-            yield batch
+            yield self._with_as_many_rows(batch) if self._is_packed else batch
+
+    def _with_as_many_rows(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        rows = len(batch['input_ids'])
+        most = -dist.all_reduce_min(-rows)
+        return batch if rows == most else with_idle_rows(batch, most - rows, self.dataset.tokenizer.pad_token_id)
