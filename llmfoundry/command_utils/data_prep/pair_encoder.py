@@ -14,6 +14,7 @@ import numpy as np
 from llmfoundry.command_utils.data_prep.rows import BadRow, Segment, pair_of_row, values_of_lines
 from llmfoundry.command_utils.data_prep.token_engines import build_engine, difference, sample_slices
 from llmfoundry.command_utils.data_prep.tokenizer_spec import TokenizerSpec
+from llmfoundry.data.finetuning.targets import ends_with_eos
 from llmfoundry.data.token_concat import TOKEN_DTYPE
 
 __all__ = ['ENCODER', 'IGNORE_INDEX', 'EncodedPairs', 'PairEncoder', 'PairFacts', 'PairSpec']
@@ -88,7 +89,7 @@ class PairEncoder:
         """The trained ids: one BOS per row (the prompt's), one EOS at the end."""
         if self._bos is not None and len(prompt) and len(generation) and prompt[0] == generation[0] == self._bos:
             generation = generation[1:]
-        return generation if len(generation) and generation[-1] == self._eos else np.append(generation, TOKEN_DTYPE.type(self._eos))
+        return generation if ends_with_eos(generation, self._eos) else np.append(generation, TOKEN_DTYPE.type(self._eos))
 
     def _check(self, number: int, texts: list[str]) -> str | None:
         if self._reference is None:

@@ -11,7 +11,7 @@ from typing import Any, Mapping, Sequence
 
 import numpy as np
 
-__all__ = ['IGNORE_INDEX', 'holds_labels_of_ids', 'prompt_threshold', 'row_from_labels', 'stitch_example', 'stitch_turns', 'truncate', 'validate_target_settings']
+__all__ = ['IGNORE_INDEX', 'ends_with_eos', 'holds_labels_of_ids', 'prompt_threshold', 'row_from_labels', 'stitch_example', 'stitch_turns', 'truncate', 'validate_target_settings']
 
 IGNORE_INDEX = -100
 """The label of a token that is not trained: what torch's cross entropy skips."""
@@ -91,7 +91,7 @@ def stitch_turns(
         is_last = i == len(turns) - 1
         pieces.append((prompt, threshold is not None and len(prompt) >= threshold))
         pieces.append((response, every_response or is_last))
-        if is_last and eos_token_id is not None and eos_token_id not in list(response[-2:]):
+        if is_last and eos_token_id is not None and not ends_with_eos(response, eos_token_id):
             pieces.append(([eos_token_id], True))
 
     total = sum(len(ids) for ids, _ in pieces)
@@ -103,6 +103,11 @@ def stitch_turns(
         targets[start:end] = trained
         start = end
     return ids, targets
+
+
+def ends_with_eos(ids: Sequence[int], eos_token_id: int) -> bool:
+    """Whether a response needs no end token: it ends with one, or with one and the line break that chat templates put behind it."""
+    return eos_token_id in list(ids[-2:])
 
 
 def holds_labels_of_ids(turn: Mapping[str, Any]) -> bool:

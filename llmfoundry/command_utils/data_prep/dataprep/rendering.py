@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Mapping, Sequence
 
 from llmfoundry.command_utils.data_prep.dataprep.packing import TokenisedRow
+from llmfoundry.data.finetuning.targets import ends_with_eos
 from llmfoundry.data.prompts import Prompt
 from llmfoundry.errors import DataError
 
@@ -122,7 +123,7 @@ class Renderer:
                 break
             common += 1
         eos = self.tokenizer.eos_token_id
-        if eos is not None and (not ids or ids[-1] != eos or common == len(ids)):
+        if eos is not None and (not ends_with_eos(ids, eos) or common == len(ids)):
             ids = [*ids, eos]
         return TokenisedRow(ids, common, text)
 
