@@ -193,6 +193,7 @@ models = create_registry(
     builtins={
         'mpt_causal_lm': 'llmfoundry.models.mpt.composer_mpt:ComposerMPTCausalLM',
         'hf_causal_lm': 'llmfoundry.models.hf.causal_lm:ComposerHFCausalLM',
+        'hf_t5': 'llmfoundry.models.hf.t5:ComposerHFT5',
     },
 )
 
@@ -232,7 +233,7 @@ metrics = create_registry(
         'token_accuracy': 'llmfoundry.metrics.token_acc:TokenAccuracy',
         'language_cross_entropy': 'llmfoundry.metrics.language:LanguageCrossEntropy',
         'language_perplexity': 'llmfoundry.metrics.language:LanguagePerplexity',
-        'masked_accuracy': 'composer.metrics:MaskedAccuracy',
+        'masked_accuracy': 'llmfoundry.metrics.token_acc:MaskedAccuracy',
     },
 )
 

@@ -8,7 +8,7 @@ import torch
 
 from llmfoundry.metrics.language import TokenMetric
 
-__all__ = ['TokenAccuracy']
+__all__ = ['MaskedAccuracy', 'TokenAccuracy']
 
 
 class TokenAccuracy(TokenMetric):
@@ -29,3 +29,7 @@ class TokenAccuracy(TokenMetric):
 
     def _from_logits(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return ((logits.argmax(-1) == target) & (target != self.ignore_index)).sum()
+
+
+class MaskedAccuracy(TokenAccuracy):
+    """The same figure under the name that encoder-decoder models have always logged. Composer's class of that name knows logits only, which would cost a second pass."""

@@ -44,9 +44,9 @@ def build_metrics(names: Sequence[str]) -> list[Metric]:
     return [registry.construct_from_registry(name, registry.metrics) for name in dict.fromkeys(names)]
 
 
-def default_metrics(additional: Sequence[str] | None = None) -> list[Metric]:
-    """Cross entropy, perplexity and accuracy per token, and those that the config adds."""
-    return build_metrics([*DEFAULT_METRICS, *(additional or ())])
+def default_metrics(additional: Sequence[str] | None = None, names: Sequence[str] = DEFAULT_METRICS) -> list[Metric]:
+    """The metrics called ``names`` (cross entropy, perplexity and accuracy per token), and those that the config adds."""
+    return build_metrics([*names, *(additional or ())])
 
 
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, allow_resizing: bool) -> None:
@@ -70,10 +70,10 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, a
 
 
 @contextlib.contextmanager
-def _without_causal_lm_scan() -> Iterator[None]:
-    """Composer asks whether a model is a registered causal LM by importing every causal LM of transformers (10 s). Ours all are."""
+def _without_causal_lm_scan(is_causal_lm: bool) -> Iterator[None]:
+    """Composer asks whether a model is a registered causal LM by importing every causal LM of transformers (10 s). The class knows."""
     original = composer_hf._is_registered_causal_lm
-    composer_hf._is_registered_causal_lm = lambda model: True
+    composer_hf._is_registered_causal_lm = lambda model: is_causal_lm
     try:
         yield
     finally:
@@ -99,10 +99,14 @@ class BaseHuggingFaceModel(composer_hf.HuggingFaceModel):
 
     Attributes:
         loss_token_scale: factor on the loss, 1.0. For trainers that do not weight ranks and microbatches by tokens themselves.
+        shifts_labels: whether position i predicts label i + 1; False for encoder-decoder models, whose labels are targets as they stand.
+        metric_names: registry names of the metrics that are always computed.
         metadata_form: what ``get_metadata`` gives to a checkpoint. The trainer changes it for sharded ones.
     """
 
     metadata_form: Literal['parsed', 'text', 'none'] = 'parsed'
+    shifts_labels = True
+    metric_names: Sequence[str] = DEFAULT_METRICS
 
     def __init__(
         self,
@@ -121,14 +125,14 @@ class BaseHuggingFaceModel(composer_hf.HuggingFaceModel):
             fit_embeddings(model, tokenizer, allow_embedding_resizing)
         if peft_config is not None:
             model = adapters.add_adapter(model, peft_config)
-        with _without_causal_lm_scan():
+        with _without_causal_lm_scan(self.shifts_labels):
             super().__init__(
                 model=model,
                 tokenizer=tokenizer,
                 use_logits=True,
-                metrics=default_metrics(additional_train_metrics) if use_train_metrics else [],
-                eval_metrics=default_metrics(additional_eval_metrics),
-                shift_labels=True,
+                metrics=default_metrics(additional_train_metrics, self.metric_names) if use_train_metrics else [],
+                eval_metrics=default_metrics(additional_eval_metrics, self.metric_names),
+                shift_labels=self.shifts_labels,
                 allow_embedding_resizing=allow_embedding_resizing,
                 should_save_peft_only=should_save_peft_only,
             )
@@ -230,7 +234,7 @@ class BaseHuggingFaceModel(composer_hf.HuggingFaceModel):
         """
         if batch.get('mode') is not None:
             return super().eval_forward(batch, outputs)
-        self.labels = shift_labels(batch['labels'])
+        self.labels = shift_labels(batch['labels']) if self.shifts_labels else batch['labels']
         if outputs is not None:
             return outputs
         if any(_needs_logits(metric) for metric in self.get_metrics(is_train=False).values()):

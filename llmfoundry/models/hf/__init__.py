@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         'BaseHuggingFaceModel': 'llmfoundry.models.composer_base',
         'ComposerHFCausalLM': 'llmfoundry.models.hf.causal_lm',
+        'ComposerHFT5': 'llmfoundry.models.hf.t5',
     },
-    ('hf_base', 'hf_causal_lm', 'hf_fsdp'),
+    ('hf_base', 'hf_causal_lm', 'hf_fsdp', 'hf_t5'),
 )

@@ -82,6 +82,11 @@ class ComposerHFCausalLM(BaseHuggingFaceModel):
         _check_adapter_settings(peft_config, pretrained_lora_id_or_path, load_in_8bit, init_device)
         attn_implementation = resolve_attn_implementation(attn_implementation, use_flash_attention_2)
         config = load_config(pretrained_model_name_or_path, trust_remote_code, use_auth_token, attn_implementation, config_overrides)
+        if config.is_encoder_decoder:
+            raise ValueError(
+                f'model.pretrained_model_name_or_path: hf_causal_lm trains decoder-only models, and {pretrained_model_name_or_path!r} (model type {config.model_type!r}) is an encoder-decoder. '
+                'Use hf_t5.',
+            )
         model = load_model(pretrained_model_name_or_path, config, pretrained, init_device, trust_remote_code, use_auth_token, load_in_8bit)
         if not isinstance(config, MPTConfig):  # whose forward computes our loss by itself
             model = add_loss_to_forward(model)

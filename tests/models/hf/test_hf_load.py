@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmfoundry.models.hf.adapters import build_peft_config
 from llmfoundry.models.hf.causal_lm import ComposerHFCausalLM
-from llmfoundry.models.hf.load import apply_config_overrides, load_model, load_config, resolve_attn_implementation
+from llmfoundry.models.hf.load import apply_config_overrides, load_config, load_model, resolve_attn_implementation
 from tests.helpers.processes import run_in_processes
 from tests.helpers.tiny_hf import save_config, save_model
 
