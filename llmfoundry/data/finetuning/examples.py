@@ -24,7 +24,7 @@ from llmfoundry.errors import (
 )
 from llmfoundry.errors.examples import ALLOWED_MESSAGES_KEYS, ALLOWED_PROMPT_KEYS, ALLOWED_RESPONSE_KEYS
 
-__all__ = ['ExampleType', 'get_example_type', 'mark_row', 'prompt_and_response', 'validate_chat_example', 'validate_prompt_response']
+__all__ = ['ExampleType', 'get_example_type', 'mark_row', 'messages_of', 'prompt_and_response', 'validate_chat_example', 'validate_prompt_response']
 
 ExampleType = Literal['prompt_response', 'chat']
 
@@ -75,7 +75,7 @@ def validate_chat_example(example: Mapping[str, Any]) -> None:
         InvalidMessageTypeError: ``messages`` is not a list, or a message is not a mapping.
         NotEnoughChatDataError: fewer than two messages.
         UnknownExampleTypeError: a message lacks ``role`` or ``content``.
-        IncorrectMessageKeyQuantityError: a message has more keys than these.
+        IncorrectMessageKeyQuantityError: a message has a value under another key.
         InvalidRoleError: a role other than user, assistant, system, tool.
         ConsecutiveRepeatedChatRolesError: two messages in a row have one role.
         InvalidContentTypeError: content is neither text nor a list.
@@ -96,13 +96,19 @@ def validate_chat_example(example: Mapping[str, Any]) -> None:
         raise InvalidLastChatMessageRoleError(str(previous_role), _LAST_ROLE)
 
 
+def messages_of(example: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Role and content of each message of a chat that passed its checks."""
+    return [{'role': message['role'], 'content': message['content']} for message in example['messages']]
+
+
 def _check_message(message: Any) -> str:
     """The role of a message that passed its own checks."""
     if not isinstance(message, Mapping):
         raise InvalidMessageTypeError(type(message))
     if not _MESSAGE_KEYS <= set(message):
         raise UnknownExampleTypeError(message.keys())
-    if len(message) != len(_MESSAGE_KEYS):
+    # Arrow gives every message the keys that any message of the data set has, with None for the values.
+    if any(message[key] is not None for key in message if key not in _MESSAGE_KEYS):
         raise IncorrectMessageKeyQuantityError(list(message))
     role, content = message['role'], message['content']
     if role not in _ROLES:

@@ -12,7 +12,14 @@ import os
 from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
 from llmfoundry.data.finetuning.chat import chat_turn_texts
-from llmfoundry.data.finetuning.examples import get_example_type, mark_row, prompt_and_response, validate_chat_example, validate_prompt_response
+from llmfoundry.data.finetuning.examples import (
+    get_example_type,
+    mark_row,
+    messages_of,
+    prompt_and_response,
+    validate_chat_example,
+    validate_prompt_response,
+)
 from llmfoundry.data.finetuning.pretokenized import is_pretokenized, pretokenized_turns, turn_of_ids, without_second_bos
 from llmfoundry.data.finetuning.targets import stitch_example, truncate
 
@@ -94,7 +101,7 @@ def _texts(
     """The group that the example belongs to, and its (prompt, response) texts, one per turn."""
     if get_example_type(example) == 'chat':
         validate_chat_example(example)
-        return chats, chat_turn_texts(example['messages'], tokenizer)
+        return chats, chat_turn_texts(messages_of(example), tokenizer)
     validate_prompt_response(example)
     return pairs, [prompt_and_response(example)]
 

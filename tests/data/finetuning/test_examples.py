@@ -72,6 +72,7 @@ GOOD = [
     ({'messages': [USER, ASSISTANT]}, 'chat'),
     ({'messages': ({'role': 'system', 'content': [{'type': 'text', 'text': 'a'}]}, USER, ASSISTANT, {'role': 'tool', 'content': ''}, ASSISTANT)}, 'chat'),
     ({'messages': [{'role': 'system', 'content': 's'}, ASSISTANT]}, 'chat'),
+    ({'messages': [{**USER, 'name': None, 'tool_calls': None}, ASSISTANT]}, 'chat'),
 ]
 
 

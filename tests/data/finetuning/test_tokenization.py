@@ -93,12 +93,20 @@ def test_batches_do_not_matter(examples: list[dict[str, Any]], size: int) -> Non
     assert tokenize_batch(examples, tokenizer) == one_by_one
 
 
-def test_truncation_and_padding_of_an_earlier_call_are_off() -> None:
+def test_keys_that_arrow_fills_with_none_do_not_reach_the_template() -> None:
+    tokenizer = gpt2_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}{% if 'name' in m %} ({{ m['name'] }}){% endif %}|{% endfor %}"
+    filled = {'messages': [{**m, 'name': None} for m in CHAT['messages']]}
+    assert tokenize_formatted_example(filled, tokenizer) == tokenize_formatted_example(CHAT, tokenizer)
+
+
+@pytest.mark.parametrize('leftover', [{'truncation': True, 'max_length': 2}, {'padding': 'max_length', 'max_length': 50}, {'split_special_tokens': True}], ids=str)
+def test_settings_of_an_earlier_call_are_off(leftover: dict[str, Any]) -> None:
     tokenizer = neox_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    pair = {'prompt': 'one two three four five', 'response': ' six seven eight'}
+    pair = {'prompt': 'one two three four five', 'response': ' six seven eight <|endoftext|>'}
     expected = tokenize_formatted_example(pair, tokenizer)
-    tokenizer('x y z', truncation=True, max_length=2, padding='max_length')
+    tokenizer('x y z', **leftover)
     assert tokenize_formatted_example(pair, tokenizer) == expected
 
 
