@@ -67,12 +67,13 @@ class PackingNotSupportedError(UserError):
 
 
 class PackingSelfTestError(UserError):
-    """Documents packed in a row do not get the loss that they get alone; raised before the first step."""
+    """Documents packed in a row do not get the loss that they get alone; raised before the first step. ``remedy`` is what may help besides not packing."""
 
-    def __init__(self, backend: str, reason: str) -> None:
+    def __init__(self, backend: str, reason: str, remedy: str | None = None) -> None:
         super().__init__(
             f'Packing self-test failed for {backend}: {reason}. Training on packed rows would be wrong without any other sign. '
-            'Set packing: false (packing_ratio: 1.0) in the dataset, or another attention: model.attn_implementation: sdpa for hf_causal_lm, attn_config.attn_uses_sequence_id: true for mpt_causal_lm.',
+            f'Set packing: false (packing_ratio: 1.0) in the dataset{"" if remedy is None else f", or {remedy}"}.',
             backend=backend,
             reason=reason,
+            remedy=remedy,
         )

@@ -114,23 +114,33 @@ def packing_self_test(model: Any, vocab_size: int, max_seq_len: int, device: tor
         backend, len(documents), sum(document.stop - document.start for document in documents), (losses[:, 0] - losses[:, 1]).abs().max().item(),
         max(deviations), max(leaks), tolerance, time.perf_counter() - begin,
     )
-    _judge(report, out, documents, losses[:, 1])
+    problem = _problem(report, out, documents, losses[:, 1])
+    if problem is not None:
+        raise PackingSelfTestError(backend, problem, _remedy(backend))
     return report
 
 
-def _judge(report: PackingReport, out: Any, documents: list[_Document], losses: torch.Tensor) -> None:
+def _problem(report: PackingReport, out: Any, documents: list[_Document], losses: torch.Tensor) -> str | None:
+    """What is wrong, or None. ``losses`` are the mean losses of the documents alone, ``out`` is the model's output on the packed batch with labels."""
     figures = f'logits differ by {report.deviation:.1e} of their spread (allowed {report.tolerance:.0e}), per-document loss by {report.loss_difference:.1e}'
     if not report.leak <= report.tolerance * _LEAK_SHARE:
-        raise PackingSelfTestError(report.backend, f'a document changes by {report.leak:.1e} when only other documents of its row change, so documents see each other; packed and alone, {figures}')
+        return f'a document changes by {report.leak:.1e} when only other documents of its row change, so documents see each other; packed and alone, {figures}'
     if not report.deviation <= report.tolerance:
-        raise PackingSelfTestError(report.backend, f'documents do not see each other, but packed they do not come out as alone: {figures}. Positions that do not begin anew in each document do this')
+        return f'documents do not see each other, but packed they do not come out as alone: {figures}. Positions that do not begin anew in each document do this'
     loss = out.get('loss') if isinstance(out, Mapping) else None
     if not isinstance(loss, LossOutput):
-        return
+        return None
     targets = torch.tensor([float(document.stop - document.start - 1) for document in documents])
     expected, found = (losses * targets).sum().item() / targets.sum().item(), loss.mean().item()
     if not abs(found - expected) <= report.tolerance * max(1.0, expected):
-        raise PackingSelfTestError(report.backend, f'the loss of a packed batch is {found:.6f}, that of its documents alone {expected:.6f} nats per token')
+        return f'the loss of a packed batch is {found:.6f}, that of its documents alone {expected:.6f} nats per token'
+    return None
+
+
+def _remedy(backend: str) -> str:
+    if 'attn_impl' in backend:
+        return 'let the model keep documents apart (attn_config.attn_uses_sequence_id: true)'
+    return f'use another attention implementation (model.attn_implementation: {"eager" if "sdpa" in backend else "sdpa"})'
 
 
 def _backend(model: Any) -> str:
@@ -146,7 +156,9 @@ def _row_tokens(model: Any, max_seq_len: int, device_type: str) -> int:
     """A row short enough for seconds; long enough that a document reaches beyond a sliding window, where that is possible."""
     tokens = _ROW_TOKENS.get(device_type, 256)
     config = getattr(model.model, 'config', None)
-    window = getattr(config, 'sliding_window', None) or (getattr(config, 'attn_config', None) or {}).get('sliding_window_size', -1)
+    attn_config = getattr(config, 'attn_config', None)
+    # DBRX has an object of that name.
+    window = getattr(config, 'sliding_window', None) or (attn_config.get('sliding_window_size', -1) if isinstance(attn_config, Mapping) else -1)
     if window > 0 and 2 * window + 32 <= _MOST_TOKENS.get(device_type, 8192):
         tokens = max(tokens, 2 * window + 32)
     return min(max_seq_len, tokens)

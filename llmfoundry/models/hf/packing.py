@@ -77,9 +77,9 @@ def separate_documents(model: nn.Module, inputs: Mapping[str, Any], sequence_id:
     device = ids.device.type
     if device not in routes:
         routes[device] = choose_route(model, device)
-        log.info('Packed documents are kept apart by the route %s (%s).', *routes[device])
         if routes[device].kind == 'documents':
             use_document_attention(_causal_lm(model))
+        log.debug('%s: packed documents: %s (%s)', type(_causal_lm(model)).__name__, *routes[device])
     route = routes[device]
     if route.kind == 'refused':
         raise PackingNotSupportedError(type(_causal_lm(model)).__name__, attention_backend(model), route.reason)

@@ -68,7 +68,7 @@ def test_mpt_whose_config_lets_documents_see_each_other() -> None:
 @pytest.mark.parametrize('architecture', ['llama', 'gpt2', 'gpt_neox', 'opt'])
 def test_a_mask_that_is_ignored(architecture: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, '_mask_arguments', lambda *args: {})
-    with pytest.raises(PackingSelfTestError, match=r'\(attention sdpa\): a document changes by .* documents see each other'):
+    with pytest.raises(PackingSelfTestError, match=r'\(attention sdpa\): a document changes by .* documents see each other.*attn_implementation: eager'):
         packing_self_test(build(tmp_path, architecture, 'sdpa', precision), VOCAB, 512, 'cpu')
 
 
@@ -101,7 +101,8 @@ def test_windows_longer_than_the_usual_row(tmp_path: Path) -> None:
 
 
 def test_a_recurrent_model_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(PackingSelfTestError, match=r'MambaForCausalLM \(attention eager\): .* carries state from one document into the next|layers of type'):
+    # transformers 5 lists its layers as linear_attention, before that the class says that it is stateful.
+    with pytest.raises(PackingSelfTestError, match=r'MambaForCausalLM \(attention eager\): .* carr(y|ies) state from one document into the next.*in the dataset\.$'):
         packing_self_test(build(tmp_path, 'mamba', 'eager'), VOCAB, 512, 'cpu')
 
 
