@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from llmfoundry.config.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = sorted((ROOT / 'yamls' / 'pretrain').glob('*.yaml'))
-TRAINING = sorted(p for folder in ('pretrain', 'smoke', 'finetune') for p in (ROOT / 'yamls' / folder).rglob('*.yaml'))
+FINETUNE = sorted((ROOT / 'yamls' / 'finetune').glob('*.yaml'))
+EXAMPLE = sorted((ROOT / 'scripts' / 'train' / 'finetune_example').glob('*.yaml'))
+TRAINING = sorted(p for folder in ('pretrain', 'smoke', 'finetune') for p in (ROOT / 'yamls' / folder).rglob('*.yaml')) + EXAMPLE
 MCLI = sorted((ROOT / 'mcli').glob('*.yaml'))
 
 # size: d_model, n_heads, n_layers, lr, global batch, microbatch, batches, activation checkpointing
@@ -42,7 +45,12 @@ def test_counts() -> None:
     assert len(PRETRAIN) == 17
     assert {p.stem for p in PRETRAIN} == {*(f'mpt-{size}' for size in MPT_FIGURES), 'mpt-small-cpu', 'testing', 'testing-moe', 'gpt-neo-125m', 'gpt-neo-125m_eval',
                                           'gpt2-small', 'opt-3b', 'hf-llama-3.1-8B'}
-    assert len(TRAINING) >= 18
+    assert {p.stem for p in FINETUNE} == {
+        '1b_local_data_sft', '7b_dolly_sft', 'mpt-7b_dolly_sft', 'mpt-30b-instruct', 't5-small_dolly_sft', 'llama-3-8b_domain_adapt', 'dbrx-full-ft', 'dbrx-lora-ft',
+        'gpt2-arc-easy-cpu-streaming-dataset', 'quickstart-full', 'smollm2-135m-lora',
+    }  # fmt: skip
+    assert {p.stem for p in EXAMPLE} == {'gpt2-arc-easy--cpu', 'llama-3-8b-arc-easy--gpu'}
+    assert len(TRAINING) == 17 + 10 + 11 + 2
 
 
 @pytest.mark.parametrize('path', TRAINING, ids=lambda p: p.stem)
@@ -103,12 +111,31 @@ def test_schema_refuses_what_validation_refuses(schema: dict[str, Any], key: str
     assert not validator.is_valid({**config, key: value})
 
 
+@pytest.mark.parametrize('stem', ['dbrx-full-ft', 'dbrx-lora-ft', 'mpt-7b_dolly_sft', 'mpt-30b-instruct', '7b_dolly_sft', '1b_local_data_sft'])
+def test_finetuning_batches_divide_over_the_gpus_that_the_header_names(stem: str) -> None:
+    path = ROOT / 'yamls' / 'finetune' / f'{stem}.yaml'
+    config = load_train_config(path)
+    gpus = int(re.search(r'# Hardware: (\d+) GPUs', path.read_text())[1])
+    device_batch, rest = divmod(config.global_train_batch_size, gpus)
+    assert rest == 0 and device_batch % config.device_train_microbatch_size == 0
+    assert config.train_loader['dataset']['decoder_only_format'] is True
+
+
+def test_lora_figures() -> None:
+    peft = load_train_config(ROOT / 'yamls' / 'finetune' / 'dbrx-lora-ft.yaml').model['peft_config']
+    assert (peft['r'], peft['lora_alpha'], list(peft['target_modules'])) == (64, 128, ['Wqkv'])
+
+
 def test_launch_files_refer_to_yamls_that_exist() -> None:
-    assert {p.stem for p in MCLI} >= {'mcli-1b', 'mcli-1b-max-seq-len-8k', 'mcli-convert-composer-to-hf', 'mcli-hf-generate', 'mcli-benchmark-mpt', 'mcli-pretokenize-oci-upload'}
+    assert {p.stem for p in MCLI} >= {'mcli-1b', 'mcli-1b-max-seq-len-8k', 'mcli-convert-composer-to-hf', 'mcli-hf-generate', 'mcli-benchmark-mpt', 'mcli-pretokenize-oci-upload',
+                                      'mcli-llama3-finetune', 'mcli-llama3-70b-instruct-finetune'}
     for path in MCLI:
         launch = yaml.safe_load(path.read_text())
         assert {'name', 'image', 'compute', 'integrations', 'command'} <= set(launch), path
-        for word in launch['command'].split():
+        if 'parameters' in launch:
+            config = load_train_config(launch['parameters'])
+            assert config.global_train_batch_size % launch['compute']['gpus'] == 0 and '/mnt/config/parameters.yaml' in launch['command']
+        for word in launch['command'].replace('/mnt/config/parameters.yaml' if 'parameters' in launch else '', '').split():
             if word.endswith(('.py', '.yaml')):
                 folder = ROOT / launch['command'].split()[1].removeprefix('llm-foundry/')
                 assert (folder / word).exists(), f'{path.name}: {word}'

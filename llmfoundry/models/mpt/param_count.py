@@ -35,10 +35,12 @@ def n_active_params(model: nn.Module, config: Any) -> int:
     """Number of parameters that one token meets: of ``moe_num_experts`` experts only ``moe_top_k`` count.
 
     Args:
-        model: an MPT model.
-        config: its MPTConfig.
+        model: an MPT model, or one whose experts are stacked in the same way (DBRX).
+        config: its config.
     """
     ffn_config = config.ffn_config or {}
+    if not isinstance(ffn_config, dict):
+        ffn_config = ffn_config.to_dict()
     n_experts, top_k = ffn_config.get('moe_num_experts'), ffn_config.get('moe_top_k', 1)
     if not n_experts:
         return n_params(model)

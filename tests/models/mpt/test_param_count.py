@@ -92,6 +92,17 @@ def test_only_the_experts_of_a_token_are_active() -> None:
     assert n_active_params(model, _config()) == n_params(model)
 
 
+def test_the_experts_of_dbrx_count_alike() -> None:
+    from transformers import DbrxConfig, DbrxForCausalLM
+
+    config = DbrxConfig(
+        d_model=D, n_heads=2, n_layers=LAYERS, vocab_size=VOCAB, attn_config={'kv_n_heads': 1, 'rope_theta': 1e4},
+        ffn_config={'ffn_hidden_size': 8, 'moe_num_experts': 4, 'moe_top_k': 1},
+    )  # fmt: skip
+    model = DbrxForCausalLM(config)
+    assert n_params(model) - n_active_params(model, config) == LAYERS * 3 * (3 * D * 8)
+
+
 def test_block_overrides_give_zero_and_say_so() -> None:
     with pytest.warns(UserWarning, match='FLOPs are not counted for models with block_overrides: 0 is reported, so there is no MFU'):
         assert flops_per_sequence(_Model(True), _config(block_overrides={'order': []}), SEQ) == 0
