@@ -81,7 +81,8 @@ def _lint_sample(sample: LoaderSample, tokenizer: Any, name: str) -> LintedLoade
         sample.rows, tokenizer, sample.settings, name, render=render, conversations=sample.conversations, source=sample.source, separator_id=sample.separator_id,
         batch_rows=sample.batch_rows,
     )  # fmt: skip
-    return LintedLoader(report, [*sample.rows, *sample.batch_rows], token_facts(tokenizer, render))
+    first = sample.conversations[0][1] if sample.conversations else ()
+    return LintedLoader(report, [*sample.rows, *sample.batch_rows], token_facts(tokenizer, render, first))
 
 
 def lint_batches(batches: Iterable[Mapping[str, Any]], tokenizer: Any, name: str, vocab_size: int | None = None) -> LintedLoader:

@@ -13,9 +13,9 @@ import numpy as np
 
 from llmfoundry.data.checks.findings import ERROR, WARNING, Finding, LintCounts, LintReport
 from llmfoundry.data.checks.mask_rules import MaskSettings, check_row, trained_turns
-from llmfoundry.data.checks.pieces import pieces_of, role_of_tokens
+from llmfoundry.data.checks.pieces import role_of_tokens
 from llmfoundry.data.checks.rows import FINETUNING, TEXT, LintRow
-from llmfoundry.data.checks.template_rules import check_conversation, check_template
+from llmfoundry.data.checks.template_rules import check_conversation, check_prompt_tokens, check_template
 from llmfoundry.data.checks.tokenizer_facts import Render, TokenizerFacts, token_facts
 
 __all__ = ['check_vocabulary', 'count_rows', 'lint']
@@ -52,21 +52,31 @@ def lint(
     Returns:
         Findings, counts and facts. Nothing is raised.
     """
-    facts = token_facts(tokenizer, render)
+    conversations = list(conversations)
+    first = conversations[0][1] if conversations else ()
+    facts = token_facts(tokenizer, render, first)
     report = LintReport(name, counts=count_rows(rows, facts, settings, source or LintCounts()))
     report.findings += check_vocabulary(facts, settings.vocab_size)
     if render is not None:
-        of_template = check_template(tokenizer, render, facts)
-        report.findings += of_template
-        # A template that is wrong for the simplest conversation is wrong for all.
-        if not any(f.severity == ERROR for f in of_template):
-            report.findings += [f for row, messages in conversations for f in check_conversation(messages, render, row)]
+        report.findings += _check_chats(rows, tokenizer, facts, render, conversations)
     single = replace(settings, packed=False) if batch_rows else settings
     report.findings += [f for row in rows for f in check_row(row, facts, single)]
     report.findings += [f for row in batch_rows for f in check_row(row, facts, settings)]
-    report.findings += [*_separator_seen(rows, facts, separator_id), *_losses(report.counts)]
+    report.findings += [*_answers_repeat_prompts(rows), *_separator_seen(rows, facts, separator_id), *_losses(report.counts)]
     report.facts = _facts(facts, settings)
     return report
+
+
+def _check_chats(rows: Sequence[LintRow], tokenizer: Any, facts: TokenizerFacts, render: Render, conversations: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> list[Finding]:
+    found = check_template(tokenizer, render, facts, conversations[0][1] if conversations else ())
+    if any(f.severity == ERROR for f in found):
+        # A template that is wrong for the simplest conversation is wrong for all.
+        return found
+    of_data = [f for row, messages in conversations for f in check_conversation(messages, render, row)]
+    if not any(f.severity == ERROR for f in of_data):
+        by_name = {row.name: row for row in rows}
+        of_data += [f for row, messages in conversations if row in by_name for f in check_prompt_tokens(tokenizer, by_name[row], messages, render)]
+    return found + of_data
 
 
 def check_vocabulary(facts: TokenizerFacts, vocab_size: int | None) -> list[Finding]:
@@ -110,9 +120,24 @@ def _count_roles(row: LintRow, facts: TokenizerFacts, counted: np.ndarray, count
     if not row.messages:
         return
     counts.messages.update(role for role, _ in row.messages)
-    roles = role_of_tokens(pieces_of(row, facts), len(row.ids))
-    counts.role_tokens.update(roles)
-    counts.role_trained.update(role for role, trained in zip(roles, counted, strict=True) if trained)
+    roles = role_of_tokens(row, facts)
+    for sums, counted_roles in ((counts.role_tokens, roles), (counts.role_trained, roles[counted])):
+        names, numbers = np.unique(counted_roles, return_counts=True)
+        sums.update(dict(zip(names.tolist(), numbers.tolist(), strict=True)))
+
+
+def _answers_repeat_prompts(rows: Sequence[LintRow]) -> list[Finding]:
+    """Rows tokenised elsewhere whose ``labels`` repeat ``input_ids`` without any -100 look like a prompt and an equal response."""
+    repeated = [row for row in rows for turn in row.turns[:1] if len(row.turns) == 1 and turn.middle > 1 and np.array_equal(row.ids[: turn.middle], row.ids[turn.middle : 2 * turn.middle])]
+    if not repeated:
+        return []
+    most = 2 * len(repeated) > len(rows)
+    return [
+        Finding(
+            'answer-repeats-prompt', ERROR if most else WARNING, f'in {len(repeated)} of {len(rows)} rows the answer is the prompt once more',
+            'If the rows were tokenised before, labels must be -100 for the tokens of the prompt; labels without any -100 are taken for the ids of an answer.', row=repeated[0].name,
+        )
+    ]
 
 
 def _separator_seen(rows: Sequence[LintRow], facts: TokenizerFacts, separator_id: int | None) -> list[Finding]:

@@ -32,6 +32,8 @@ table { border-collapse: collapse; } td, th { text-align: left; padding: .15em 1
 _CSP = "default-src 'none'; style-src 'unsafe-inline'"
 _SHOWN_PADDING = 8
 _SHOWN_FINDINGS = 200
+# About 60 bytes a token: a page of 10 MB, which browsers still scroll.
+_TOKENS_PER_SECTION = 150_000
 
 
 def render_html(sections: Sequence[tuple[LintReport, Sequence[LintRow], TokenizerFacts]], title: str) -> str:
@@ -55,9 +57,23 @@ def _section(report: LintReport, rows: Sequence[LintRow], facts: TokenizerFacts)
     hits: dict[str, set[int]] = {}
     for finding in report.findings:
         hits.setdefault(finding.row, set()).add(finding.position)
-    body = ''.join(_row(row, facts, hits.get(row.name, set())) for row in rows)
+    shown_rows = _within_limit(rows, set(hits))
+    body = ''.join(_row(row, facts, hits.get(row.name, set())) for row in shown_rows)
+    if len(shown_rows) < len(rows):
+        body += f'<p>{len(rows) - len(shown_rows)} more rows are left out, since a section shows at most {_TOKENS_PER_SECTION} tokens.</p>'
     head = f'<h2>{_safe(report.name)}</h2><p>{len(report.errors)} errors, {len(report.warnings)} warnings</p>'
     return f'<section>{head}<table>{table}</table><h3>Findings</h3>{findings}<h3>Rows</h3>{body}</section>\n'
+
+
+def _within_limit(rows: Sequence[LintRow], with_findings: set[str]) -> list[LintRow]:
+    """Rows in their order, those with findings before others where there is no room for all. One row is always shown."""
+    left, chosen = _TOKENS_PER_SECTION, set()
+    for index in sorted(range(len(rows)), key=lambda i: rows[i].name not in with_findings):
+        left -= len(rows[index].ids)
+        if left < 0 and chosen:
+            break
+        chosen.add(index)
+    return [row for index, row in enumerate(rows) if index in chosen]
 
 
 def _finding(finding: Finding) -> str:

@@ -1,16 +1,19 @@
 """Rules about a chat template: what is rendered for training and what is rendered for generation must be the same text up to where the answer begins.
 
-A template is any program. So each rule renders real conversations and compares texts, first with a conversation of two questions that is always the same, then with those of the data.
+A template is any program. So each rule renders real conversations and compares texts, first with one question and answer that are always the same, then with those of the data.
 """
 
 from __future__ import annotations
 
 from typing import Any, Iterator, Mapping, Sequence
 
-from llmfoundry.data.checks.findings import ERROR, WARNING, Finding
-from llmfoundry.data.checks.tokenizer_facts import CONTROL_TOKEN, PROBE, RENDER_ERRORS, Messages, Render, TokenizerFacts
+import numpy as np
 
-__all__ = ['check_conversation', 'check_template']
+from llmfoundry.data.checks.findings import ERROR, WARNING, Finding
+from llmfoundry.data.checks.rows import LintRow
+from llmfoundry.data.checks.tokenizer_facts import CONTROL_TOKEN, PROBE, RENDER_ERRORS, Messages, Render, TokenizerFacts, plain_text
+
+__all__ = ['check_conversation', 'check_prompt_tokens', 'check_template', 'roles_of']
 
 _REWRITE_REMEDY = (
     'Every earlier answer would be trained in a form that the model never sees as history. Use a template that renders each message the same wherever it stands, or split conversations into one '
@@ -18,12 +21,47 @@ _REWRITE_REMEDY = (
 )
 
 
-def check_template(tokenizer: Any, render: Render, facts: TokenizerFacts) -> list[Finding]:
-    """Rules about the template alone, on a conversation of two questions and answers."""
+def check_template(tokenizer: Any, render: Render, facts: TokenizerFacts, conversation: Messages = ()) -> list[Finding]:
+    """Rules about the template alone, on one question and answer.
+
+    Args:
+        conversation: the first one of the data, taken where the template refuses a plain question and answer; it may know other roles only.
+    """
     found = check_conversation(PROBE, render)
+    if conversation and any(f.rule == 'template-fails' for f in found):
+        return []
     if found:
         return found
     return [*_split_tokens(tokenizer, render(PROBE, False)), *_silent_end(tokenizer, facts), *_trained_header(render)]
+
+
+def check_prompt_tokens(tokenizer: Any, row: LintRow, messages: Messages, render: Render) -> list[Finding]:
+    """Whether the tokens before the last answer are those that generation would give: text cut elsewhere may be tokenised otherwise."""
+    if not row.turns or row.turns[-1].middle >= len(row.ids):
+        return []
+    last = max(i for i, message in enumerate(messages) if message['role'] == 'assistant')
+    try:
+        asked = np.asarray(tokenizer(render(messages[:last], True), add_special_tokens=False)['input_ids'])
+    except RENDER_ERRORS:
+        return []
+    trained = row.ids[: row.turns[-1].middle]
+    same = min(len(asked), len(trained))
+    different = np.flatnonzero(asked[:same] != trained[:same])
+    if len(asked) == len(trained) and not len(different):
+        return []
+    at = int(different[0]) if len(different) else same
+    around = slice(max(0, at - 2), at + 3)
+    return [
+        Finding(
+            'prompt-tokens-differ', WARNING,
+            f'from token {at} on, the history is tokenised as {_listed(tokenizer, trained[around])} in training and as {_listed(tokenizer, asked[around])} in generation',
+            'Put a special token between the messages in the chat template, so that no token can reach across.', row=row.name, position=at,
+        )
+    ]
+
+
+def _listed(tokenizer: Any, ids: np.ndarray) -> str:
+    return repr([tokenizer.decode([int(i)]) for i in ids])
 
 
 def check_conversation(messages: Messages, render: Render, row: str = '') -> list[Finding]:
@@ -116,7 +154,7 @@ def _holds(tokenizer: Any, facts: TokenizerFacts) -> bool:
 
 def _trained_header(render: Render) -> Iterator[Finding]:
     """Without a generation prompt, the header of the assistant message counts as part of its answer."""
-    answered, prompt = render(PROBE[:2], False), render(PROBE[:1], True)
+    answered, prompt = render(PROBE, False), render(PROBE[:1], True)
     header = answered[len(prompt) :].partition(str(PROBE[1]['content']))[0]
     if CONTROL_TOKEN.search(header) or 'assistant' in header.lower():
         yield Finding(
@@ -126,11 +164,5 @@ def _trained_header(render: Render) -> Iterator[Finding]:
 
 
 def roles_of(messages: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
-    """(role, text) of each message; parts of a message that are no text are left out."""
-    return tuple((str(m['role']), _text(m['content'])) for m in messages)
-
-
-def _text(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    return ''.join(str(part.get('text', '')) if isinstance(part, Mapping) else str(part) for part in content or ())
+    """(role, text) of each message."""
+    return tuple((str(m['role']), plain_text(m['content'])) for m in messages)

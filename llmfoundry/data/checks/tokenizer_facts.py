@@ -12,7 +12,7 @@ from typing import Any, Callable, Mapping, Sequence
 import numpy as np
 from jinja2 import TemplateError
 
-__all__ = ['RENDER_ERRORS', 'TokenizerFacts', 'render_chat', 'terminator_text', 'token_facts']
+__all__ = ['PROBE', 'RENDER_ERRORS', 'TokenizerFacts', 'plain_text', 'render_chat', 'terminator_text', 'token_facts']
 
 Messages = Sequence[Mapping[str, Any]]
 Render = Callable[[Messages, bool], str]
@@ -22,13 +22,8 @@ RENDER_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeErr
 
 # What looks like one control token in a rendered chat: <|im_end|>, <end_of_turn>, <bos>, </s>.
 CONTROL_TOKEN = re.compile(r'<\|[^|<>\s]{1,40}\|>|</?[a-z]{1,12}(?:_[a-z]{1,12}){1,4}>|</?(?:s|bos|eos)>')
-_SAID = ('question alpha', 'answer bravo', 'question charlie', 'answer delta')
-PROBE: tuple[dict[str, str], ...] = (
-    {'role': 'user', 'content': _SAID[0]},
-    {'role': 'assistant', 'content': _SAID[1]},
-    {'role': 'user', 'content': _SAID[2]},
-    {'role': 'assistant', 'content': _SAID[3]},
-)
+# Words that no template holds by itself.
+PROBE: tuple[dict[str, str], ...] = ({'role': 'user', 'content': 'question alpha'}, {'role': 'assistant', 'content': 'answer bravo'})
 
 
 def render_chat(tokenizer: Any, default_template: str | None = None, **variables: Any) -> Render:
@@ -67,6 +62,7 @@ class TokenizerFacts:
     num_ids: int
     decode: Callable[[Sequence[int]], str]
     _pieces: dict[int, str] = field(default_factory=dict)
+    _joined: dict[tuple[int, ...], str] = field(default_factory=dict)
     _anchor: tuple[int, str] | None = None
 
     def name(self, token_id: int | None) -> str:
@@ -85,6 +81,13 @@ class TokenizerFacts:
             self._pieces[token_id] = known
         return known
 
+    def joined(self, ids: tuple[int, ...]) -> str:
+        """Text of a few tokens, remembered: characters of several tokens come again and again."""
+        known = self._joined.get(ids)
+        if known is None:
+            known = self._joined[ids] = self.decode(ids)
+        return known
+
     def snippet(self, ids: np.ndarray, targets: np.ndarray, position: int, around: int = 12) -> str:
         """Decoded tokens around a position, trained ones in double brackets, newlines escaped."""
         start, stop = max(0, position - around), min(len(ids), position + around)
@@ -99,12 +102,12 @@ class TokenizerFacts:
         return text + ('...' if stop < len(ids) else '')
 
 
-def token_facts(tokenizer: Any, render: Render | None = None) -> TokenizerFacts:
-    """Asks a tokenizer, and its chat template through ``render`` (None: the data are not chats)."""
+def token_facts(tokenizer: Any, render: Render | None = None, conversation: Messages = ()) -> TokenizerFacts:
+    """Asks a tokenizer, and its chat template through ``render`` (None: the data are not chats), with ``conversation`` where the template refuses a plain question and answer."""
     special = {int(i) for i in tokenizer.all_special_ids}
     special |= {int(i) for i, token in getattr(tokenizer, 'added_tokens_decoder', {}).items() if token.special}
     stop_ids = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()
-    terminator = None if render is None else terminator_text(render)
+    terminator = None if render is None else terminator_text(render, conversation)
     if terminator:
         # Words after the terminator (a header of the next turn) are no end of a turn, so only the first special token counts.
         first = next((i for i in _encode(tokenizer, terminator) if i in special), None)
@@ -126,15 +129,27 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return [int(i) for i in tokenizer(text, add_special_tokens=False)['input_ids']]
 
 
-def terminator_text(render: Render) -> str | None:
-    """Text that a template puts after an assistant message and before the next user message's own header, stripped; None if it cannot be rendered.
+def terminator_text(render: Render, conversation: Messages = ()) -> str | None:
+    """Text that a template puts after the last assistant message, stripped; None if it cannot be found out.
 
-    A template may render only the last or only earlier answers with an end, so the end of a conversation that stops at the answer counts.
+    Args:
+        render: the template.
+        conversation: of the data, ending with the assistant; asked if the template refuses a plain question and answer.
     """
-    try:
-        text = render(PROBE[:2], False)
-    except RENDER_ERRORS:
-        # The rules about templates report it.
-        return None
-    _, said, after = text.rpartition(_SAID[1])
-    return after.strip() if said else None
+    for messages in (PROBE, conversation):
+        words = plain_text(messages[-1]['content']).strip() if messages else ''
+        try:
+            _, said, after = render(messages, False).rpartition(words) if words else ('', '', '')
+        except RENDER_ERRORS:
+            # The rules about templates report it.
+            continue
+        if said:
+            return after.strip()
+    return None
+
+
+def plain_text(content: Any) -> str:
+    """The text of a message; parts of it that are no text are left out."""
+    if isinstance(content, str):
+        return content
+    return ''.join(str(part.get('text', '')) if isinstance(part, Mapping) else str(part) for part in content or ())

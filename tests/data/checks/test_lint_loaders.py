@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
@@ -13,6 +14,9 @@ import numpy as np
 import pytest
 from streaming import MDSWriter
 
+from llmfoundry.command_utils.data_prep.convert_finetuning_dataset import convert_finetuning_dataset
+from llmfoundry.command_utils.data_prep.dataprep import dataprep
+from llmfoundry.command_utils.data_prep.tokenize_data import tokenize_data
 from llmfoundry.data.checks import loader_rows
 from llmfoundry.data.checks.first_rows import LintedLoader, lint_batches, lint_failed_loader, lint_first_rows, lint_loader
 from llmfoundry.data.checks.rows import TEXT
@@ -23,8 +27,8 @@ from llmfoundry.data.text_data import build_text_dataloader
 from llmfoundry.errors import BaseContextualError, InvalidConversationError, MaskLintError
 from tests.data.checks.test_template_rules import END_IN_NEXT_HEADER, REWRITES
 from tests.helpers.chat_rows import TALK, TOOL_TALK, tokenizer_with
-from tests.helpers.mds import write_token_mds
-from tests.helpers.tokenizers import gpt2_tokenizer, smollm2_tokenizer
+from tests.helpers.mds import write_text_mds, write_token_mds
+from tests.helpers.tokenizers import gpt2_tokenizer, save_tokenizer, smollm2_tokenizer
 
 PAIRS = [{'prompt': f'How much is {i} and 1?\n', 'response': f'It is {i + 1}.'} for i in range(60)]
 CHATS = [{'messages': talk} for talk in (TALK, TOOL_TALK) * 30]
@@ -315,7 +319,7 @@ def test_a_loader_that_cannot_be_built(tmp_path: Path) -> None:
     with pytest.raises(InvalidConversationError) as raised:
         built(tokenizer, dataset)
     item = lint_failed_loader(raised.value, dataset, tokenizer, 'train_loader')
-    assert rules(item) == ['history-rewritten', 'loader-fails'] and 'row 0' in item.report.errors[1].seen
+    assert rules(item) == ['history-rewritten', 'loader-fails'] and 'row 0' in item.report.errors[-1].seen
 
 
 def test_rows_that_cannot_be_read_do_not_hide_the_error(tmp_path: Path, smollm2: Any) -> None:
@@ -325,3 +329,56 @@ def test_rows_that_cannot_be_read_do_not_hide_the_error(tmp_path: Path, smollm2:
     item = lint_failed_loader(raised.value, dataset, smollm2, 'train_loader')
     assert rules(item) == ['loader-fails'] and 'absent.jsonl' in item.report.errors[0].seen
     assert loader_rows.source_conversations({'local': str(tmp_path), 'decoder_only_format': True}, smollm2, 5) == []
+
+
+def test_two_begin_tokens(tmp_path: Path) -> None:
+    """The prompt text holds the token that the tokenizer adds too."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(tokenizer_with('llama2'))
+    bos = tokenizer.convert_tokens_to_ids('<s>')
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single='<s> $A', pair='<s> $A $B', special_tokens=[('<s>', bos)])
+    assert tokenizer('a')['input_ids'][0] == bos
+    good = linted(tokenizer, block(jsonl(tmp_path / 'good.jsonl', PAIRS)))
+    assert good.report.findings == []
+    assert linted(tokenizer, block(jsonl(tmp_path / 'chats.jsonl', [{'messages': TALK}] * 20))).report.findings == []
+    twice = [{**pair, 'prompt': f'<s>{pair["prompt"]}'} for pair in PAIRS]
+    item = linted(tokenizer, block(jsonl(tmp_path / 'twice.jsonl', twice)))
+    assert rules(item) == ['double-bos'] and item.report.errors[0].snippet.startswith('<s><s>How much')
+
+
+def test_raw_text_that_is_padded_here(tmp_path: Path) -> None:
+    """Pad is eos; padding is no document end that somebody forgot to train."""
+    tokenizer = gpt2_tokenizer(pad_token='<|endoftext|>')
+    dataset = text_block(write_text_mds(tmp_path / 'text', [f'{i} words' for i in range(20)]))
+    loader = build_text_dataloader(tokenizer, 4, dataset, drop_last=False, num_workers=0, pin_memory=False)
+    item = lint_loader(loader, tokenizer, dataset, 'train_loader')
+    assert item is not None and item.report.findings == [] and item.report.counts.padding_tokens > 200
+
+
+def test_what_the_data_preparation_writes(tmp_path: Path, smollm2: Any) -> None:
+    """Documents 001 and 004 and convert_finetuning_dataset, each with the command of its document."""
+    tokenizer, folder = smollm2, save_tokenizer(smollm2, tmp_path / 'tokenizer')
+    lines = tmp_path / 'lines.jsonl'
+    lines.write_text(''.join(json.dumps({'prompt': p['prompt'], 'generation': p['response']}) + '\n' for p in PAIRS), encoding='utf-8')
+    tokenize_data(str(lines), str(tmp_path / 'rows.arrow'), folder, 64)
+    for source in ({'hf_name': str(tmp_path / 'rows.arrow')}, {'hf_name': 'arrow', 'hf_kwargs': {'data_files': {'train': str(tmp_path / 'rows.arrow')}}}):
+        item = linted(tokenizer, block({**source, 'split': 'train', 'shuffle': False}, packing=True))
+        assert item.report.findings == [] and item.report.counts.trained_turns == 50
+
+    datasets.Dataset.from_list([{'input': p['prompt'], 'response': p['response']} for p in PAIRS]).save_to_disk(str(tmp_path / 'inputs'))
+    config = tmp_path / 'dataprep.yaml'
+    config.write_text(
+        f'source_config: {{method: load_from_disk, kwargs: {{dataset_path: {tmp_path}/inputs}}}}\nbase_model: {folder}\nchunksize: 64\n'
+        f'dataset_writer_config: {{method: save_to_disk, kwargs: {{dataset_path: {tmp_path}/chunks}}}}\n',
+        encoding='utf-8',
+    )
+    dataprep(str(config))
+    item = linted(tokenizer, block({'hf_name': str(tmp_path / 'chunks'), 'split': 'train', 'shuffle': False}))
+    assert item.report.findings == [] and item.report.counts.source_rows == 60
+
+    for name, tokenised in (('raw', {}), ('tokenised', {'tokenizer': folder, 'max_seq_len': 128})):
+        files = jsonl(tmp_path / f'{name}.jsonl', PAIRS)['hf_kwargs']['data_files']['train']
+        convert_finetuning_dataset('json', None, ['train'], None, [files], True, str(tmp_path / name), num_workers=1, **tokenised)
+        item = linted(tokenizer, block({'local': str(tmp_path / name), 'split': 'train', 'shuffle': False}, packing=True))
+        assert item.report.findings == [] and item.report.counts.trained_turns == 50

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from llmfoundry.data.checks import render_html as page_module
 from llmfoundry.data.checks.findings import LintReport
 from llmfoundry.data.checks.mask_linter import lint
 from llmfoundry.data.checks.mask_rules import MaskSettings
@@ -163,6 +164,15 @@ def test_html_escapes_data_and_loads_nothing(chatml: tuple) -> None:
     assert '\x1b' not in html and '\u202e' not in html
     shown = ''.join(text for text, _ in page.trained)
     assert shown.startswith('<script>alert("x")</script>')
+
+
+def test_html_of_very_many_tokens_is_cut(chatml: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, facts = chatml
+    rows = [chat_row(tokenizer, TALK[:2], name=str(i)) for i in range(10)]
+    rows[8].targets[:] = False
+    monkeypatch.setattr(page_module, '_TOKENS_PER_SECTION', 70)
+    text = ''.join(page_of(render_html([(report_of(tokenizer, rows), rows, facts)], 'x')).text)
+    assert re.findall(r'row (\d+): ', text.partition('Rows')[2]) == ['0', '1', '8'] and '7 more rows are left out' in text
 
 
 def test_report_lists_rows_with_errors_and_counts(chatml: tuple) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from llmfoundry.data.checks.findings import ERROR, WARNING
 from llmfoundry.data.checks.mask_linter import lint
 from llmfoundry.data.checks.mask_rules import MaskSettings
-from llmfoundry.data.checks.template_rules import check_conversation, check_template, roles_of
+from llmfoundry.data.checks.rows import LintRow, Turn
+from llmfoundry.data.checks.template_rules import check_conversation, check_prompt_tokens, check_template, roles_of
 from llmfoundry.data.checks.tokenizer_facts import render_chat, token_facts
 from tests.helpers.chat_rows import CHATML, SPECIALS, TALK, TOOL_TALK, chat_row, tokenizer_with
 from tests.helpers.tokenizers import gpt2_tokenizer, neox_tokenizer, smollm2_tokenizer
@@ -50,7 +54,9 @@ def test_good_templates_have_no_findings(style: str, talk: str, responses: str) 
     for with_turns in (True, False):
         rows = [chat_row(tokenizer, TALKS[talk], responses, with_turns=with_turns)]
         report = lint(rows, tokenizer, MaskSettings(target_responses=responses), render=render, conversations=[('0', TALKS[talk])])
-        assert report.findings == []
+        # GPT-NeoX reads two line breaks before a word as two tokens, and as one where the text is cut after them; Llama 3's own tokenizer does not.
+        expected = ['prompt-tokens-differ'] if (style, talk, with_turns) == ('llama3', 'two turns', True) else []
+        assert [f.rule for f in report.findings] == expected
 
 
 def test_a_real_chat_tokenizer_has_no_findings() -> None:
@@ -131,6 +137,45 @@ def test_the_difference_is_shown() -> None:
     finding = check_conversation(TALK, render_chat(tokenizer), '9')[0]
     assert finding.row == '9'
     assert finding.seen == "message 1: the prompt for generation goes on with '<think>\\n' where the text for training has 'Paris.<|im_end|>\\n'"
+
+
+def test_history_that_is_tokenised_otherwise_when_it_is_asked_for() -> None:
+    """Nothing but a line break keeps the messages apart, and a token reaches across it."""
+    tokenizer = tokenizer_with('chatml', "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token if loop.last and m['role'] == 'assistant' else '\n' }}{% endfor %}"
+                               "{% if add_generation_prompt %}assistant:{% endif %}")  # fmt: skip
+    good = chat_row(tokenizer, TALK[:2])
+    render = render_chat(tokenizer)
+    assert check_prompt_tokens(tokenizer, good, TALK[:2], render) == []
+    split = replace(good, ids=np.concatenate([tokenizer('us')['input_ids'] + tokenizer('er')['input_ids'], good.ids[1:]]), turns=(Turn(0, good.turns[0].middle + 1, good.turns[0].stop + 1),))
+    finding = check_prompt_tokens(tokenizer, split, TALK[:2], render)[0]
+    assert (finding.rule, finding.severity, finding.position) == ('prompt-tokens-differ', WARNING, 0)
+    assert finding.seen.startswith("from token 0 on, the history is tokenised as ['us', 'er', ':'] in training and as ['user', ':', ")
+
+
+def test_a_template_for_other_roles_is_asked_with_the_data() -> None:
+    """It refuses a conversation that begins with the user, as the data never do."""
+    guard = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('say who you are') }}{% endif %}"
+    tokenizer = tokenizer_with('chatml', guard + CHATML)
+    render = render_chat(tokenizer)
+    assert token_facts(tokenizer, render).terminator is None and token_facts(tokenizer, render, TOOL_TALK).terminator == '<|im_end|>'
+    report = lint([chat_row(tokenizer, TOOL_TALK)], tokenizer, MaskSettings(), render=render, conversations=[('0', TOOL_TALK)])
+    assert report.findings == []
+
+
+def test_templates_that_rewrite_only_longer_chats_are_right_for_short_ones() -> None:
+    tokenizer = tokenizer_with('chatml', REWRITES)
+    report = lint([chat_row(tokenizer, TALK[:2])], tokenizer, MaskSettings(), render=render_chat(tokenizer), conversations=[('0', TALK[:2])])
+    assert report.findings == []
+
+
+def test_labels_that_repeat_the_input() -> None:
+    """Rows tokenised elsewhere without any -100 are read as prompt and answer."""
+    tokenizer = tokenizer_with('chatml')
+    ids = tokenizer('all of this is text')['input_ids']
+    row = LintRow('0', np.array([*ids, *ids, tokenizer.eos_token_id]), np.array([False] * len(ids) + [True] * (len(ids) + 1)), turns=(Turn(0, len(ids), 2 * len(ids) + 1),))
+    good = chat_row(tokenizer, TALK[:2], name='1')
+    assert [(f.rule, f.severity) for f in lint([row], tokenizer, MaskSettings()).findings] == [('answer-repeats-prompt', ERROR)]
+    assert [(f.rule, f.severity) for f in lint([row, good, good], tokenizer, MaskSettings()).findings] == [('answer-repeats-prompt', WARNING)]
 
 
 def test_content_in_parts() -> None:
