@@ -9,6 +9,7 @@ mean over the tokens of the global batch.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import re
@@ -139,6 +140,12 @@ class BaseHuggingFaceModel(composer_hf.HuggingFaceModel):
         self.loss_fn = self_loss_fn
         self.loss_token_scale = 1.0
         self._packing_routes: dict[str, PackingRoute] = {}
+
+    def _get_model_forward_args(self) -> set[str]:
+        """Names that the model's forward takes. Composer looks for them in ``base_model.model``, which is one module too deep under a learned prompt."""
+        if not hasattr(self.model, 'get_base_model'):
+            return super()._get_model_forward_args()
+        return set(inspect.signature(self.model.get_base_model().forward).parameters)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The weights; of an adapted model with ``should_save_peft_only`` those that are not the frozen base model's."""

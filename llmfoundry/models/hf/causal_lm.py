@@ -13,11 +13,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry import dist
+from llmfoundry.errors import PackingNotSupportedError
 from llmfoundry.models.composer_base import BaseHuggingFaceModel, fit_embeddings
 from llmfoundry.models.hf.adapters import build_peft_config, load_adapter
 from llmfoundry.models.hf.fsdp import prepare_hf_model_for_fsdp
 from llmfoundry.models.hf.fused_head import add_loss_to_forward
 from llmfoundry.models.hf.load import load_config, load_model, resolve_attn_implementation
+from llmfoundry.models.hf.packing import has_packed_rows
 from llmfoundry.models.mpt.configuration_mpt import MPTConfig
 from llmfoundry.models.mpt.modeling_mpt import MPTForCausalLM
 from llmfoundry.models.mpt.param_count import flops_per_sequence
@@ -117,7 +119,18 @@ class ComposerHFCausalLM(BaseHuggingFaceModel):
             mask = batch.get('attention_mask')
             ones = torch.ones_like(batch['input_ids']) if mask is None else mask.long()
             batch = {**batch, 'sequence_id': ones - 1}  # 0 for the one document, -1 for padding
+        if self._learns_a_prompt and batch.get('sequence_id') is not None and has_packed_rows(batch['sequence_id']):
+            kind = self.model.active_peft_config.peft_type.value
+            raise PackingNotSupportedError(type(self.config).__name__, kind, 'the learned prompt stands before the first document of a row only')
         return super().forward(batch)
+
+    @property
+    def _learns_a_prompt(self) -> bool:
+        return self.using_peft and self.model.active_peft_config.is_prompt_learning
+
+    def _logits(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """(batch, seq, vocab) logits, without those of a learned prompt."""
+        return super()._logits(batch)[:, -batch['input_ids'].shape[1] :]
 
     def flops_per_batch(self, batch: Mapping[str, Any]) -> int:
         """Training FLOPs of a batch: 4 per parameter and token, 2 more where the parameter is trained, plus attention.

@@ -143,10 +143,10 @@ class MPTConfig(PretrainedConfig):
         self.embedding_fraction = embedding_fraction
         self.norm_type, self.norm_eps = norm_type, norm_eps
         self.use_pad_tok_in_ffn = use_pad_tok_in_ffn
-        self.attn_config = _complete(_without_removed_keys(attn_config), attn_config_defaults)
-        self.ffn_config = _complete(ffn_config, ffn_config_defaults)
+        self.attn_config = _complete(_without_removed_keys(attn_config), attn_config_defaults, 'attn_config')
+        self.ffn_config = _complete(ffn_config, ffn_config_defaults, 'ffn_config')
         self.init_config = _init_config(init_config)
-        self.fc_type = _complete({'name': fc_type} if isinstance(fc_type, str) else fc_type, {} if isinstance(fc_type, Mapping) else fc_type_defaults)
+        self.fc_type = _complete({'name': fc_type} if isinstance(fc_type, str) else fc_type, {} if isinstance(fc_type, Mapping) else fc_type_defaults, 'fc_type')
         self.block_overrides = None if block_overrides is None else copy.deepcopy(_plain(block_overrides))
         # Keys of the Composer wrapper, present in some published folders.
         for key in ('name', 'loss_fn'):
@@ -167,13 +167,14 @@ class MPTConfig(PretrainedConfig):
 
 
 def validate_mpt_config(config: MPTConfig) -> None:
-    """Checks every rule between the keys. Called by the constructor; call it again after changing attributes by hand.
+    """Checks every value's kind and every rule between the keys. Called by the constructor; call it again after changing attributes by hand.
 
     Raises:
         ValueError: a rule is broken.
         NotImplementedError: a known but unsupported choice.
         KeyError: see ``resolve_block_overrides``.
     """
+    _check_kinds(config)
     _check_sizes(config)
     _check_attention(config)
     _check_rope(config.attn_config)
@@ -190,12 +191,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _complete(given: Mapping[str, Any] | None, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """``given`` with missing keys filled from ``defaults``, recursively. Neither argument is changed."""
+def _complete(given: Mapping[str, Any] | None, defaults: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """``given`` with missing keys filled from ``defaults``, recursively. Neither argument is changed; ``path`` is its key in errors."""
     completed = copy.deepcopy(_plain(given or {}))
+    if not isinstance(completed, dict):
+        raise ValueError(f'{path} must be a mapping of settings, got {given!r}')
     for key, default in defaults.items():
         if isinstance(default, dict) and isinstance(completed.get(key), dict):
-            completed[key] = _complete(completed[key], default)
+            completed[key] = _complete(completed[key], default, f'{path}.{key}')
+        elif isinstance(default, dict) and completed.get(key) is not None:
+            raise ValueError(f'{path}.{key} must be a mapping of settings, got {completed[key]!r}')
         elif key not in completed or (isinstance(default, dict) and completed[key] is None):
             completed[key] = copy.deepcopy(default)
     return completed
@@ -203,6 +208,8 @@ def _complete(given: Mapping[str, Any] | None, defaults: Mapping[str, Any]) -> d
 
 def _without_removed_keys(attn_config: Mapping[str, Any] | None) -> dict[str, Any]:
     """Drops the keys that released folders still carry and that no longer mean anything."""
+    if attn_config is not None and not isinstance(attn_config, Mapping) and type(attn_config).__name__ != 'DictConfig':
+        raise ValueError(f'attn_config must be a mapping of settings, got {attn_config!r}')
     attn = dict(attn_config or {})
     if attn.pop('prefix_lm', False):
         raise ValueError('attn_config.prefix_lm is true, but prefix language models are no longer supported; set it to false or remove it')
@@ -212,7 +219,7 @@ def _without_removed_keys(attn_config: Mapping[str, Any] | None) -> dict[str, An
 
 
 def _init_config(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    completed = _complete(given, init_config_defaults)
+    completed = _complete(given, init_config_defaults, 'init_config')
     if not completed.get('name'):
         raise ValueError(f'init_config.name must name an initialisation function such as kaiming_normal_, got {completed.get("name")!r}')
     return completed
@@ -232,6 +239,38 @@ def _settle_positions(config: MPTConfig) -> None:
         config.learned_pos_emb = False
     if not used and not config.learned_pos_emb:
         warnings.warn('No positional information is used: alibi, rope and learned_pos_emb are all off.', stacklevel=3)
+
+
+def _check_kinds(config: MPTConfig) -> None:
+    """Numbers are numbers and names are names, so that no rule below compares a text with a number."""
+    attn, ffn = config.attn_config, config.ffn_config
+    for key in ('d_model', 'n_heads', 'n_layers', 'vocab_size'):
+        setattr(config, key, _integral(key, getattr(config, key)))
+        if getattr(config, key) <= 0:
+            raise ValueError(f'{key} must be above 0, got {getattr(config, key)}')
+    for key in ('kv_n_heads', 'kv_dim', 'sliding_window_size', 'seq_parallel_world_size'):
+        if attn.get(key) is not None:
+            attn[key] = _integral(f'attn_config.{key}', attn[key])
+    numbers = {
+        'expansion_ratio': config.expansion_ratio, 'resid_pdrop': config.resid_pdrop, 'emb_pdrop': config.emb_pdrop, 'embedding_fraction': config.embedding_fraction,
+        'norm_eps': config.norm_eps, 'attn_config.attn_pdrop': attn['attn_pdrop'],
+    }
+    optional = {
+        'head_dim': config.head_dim, 'final_logit_softcapping': config.final_logit_softcapping, 'attn_config.attn_logit_softcapping': attn['attn_logit_softcapping'],
+        'attn_config.clip_qkv': attn['clip_qkv'], 'attn_config.softmax_scale': attn['softmax_scale'],
+    }
+    for key, value in (*numbers.items(), *((k, v) for k, v in optional.items() if v is not None)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f'{key} must be a number, got {value!r}')
+    for key, value in (('ffn_config.ffn_type', ffn['ffn_type']), ('norm_type', config.norm_type), ('attn_config.attn_type', attn['attn_type'])):
+        if not isinstance(value, str):
+            raise ValueError(f'{key} must be a name, got {value!r}')
+    hidden = ffn.get('ffn_hidden_size')
+    if hidden is not None:
+        ffn['ffn_hidden_size'] = _integral('ffn_config.ffn_hidden_size', hidden)
+    act = ffn.get('ffn_act_fn')
+    if act is not None and not (isinstance(act, Mapping) and isinstance(act.get('name'), str)):
+        raise ValueError(f'ffn_config.ffn_act_fn must be a mapping with the key name, such as {{name: silu}}, got {act!r}')
 
 
 def _check_sizes(config: MPTConfig) -> None:
