@@ -59,6 +59,7 @@ class PairEncoder:
     def __init__(self, spec: PairSpec) -> None:
         self._engine, self._reference, reason = build_engine(spec.tokenizer, spec.use_tiktoken)
         self._bos, self._eos, self._max_length = spec.tokenizer.bos_id, spec.tokenizer.eos_id, spec.max_length
+        self._line_breaks = {int(i) for ids in self._engine.encode(['\n', '\n\n', ' '], add_special_tokens=False) for i in ids} - {self._bos, self._eos}
         self.facts = PairFacts(self._engine.name, reason)
 
     def encode(self, number: int, segments: Sequence[Segment]) -> EncodedPairs:
@@ -89,7 +90,7 @@ class PairEncoder:
         """The trained ids: one BOS per row (the prompt's), one EOS at the end."""
         if self._bos is not None and len(prompt) and len(generation) and prompt[0] == generation[0] == self._bos:
             generation = generation[1:]
-        return generation if ends_with_eos(generation, self._eos) else np.append(generation, TOKEN_DTYPE.type(self._eos))
+        return generation if ends_with_eos(generation, self._eos, self._line_breaks) else np.append(generation, TOKEN_DTYPE.type(self._eos))
 
     def _check(self, number: int, texts: list[str]) -> str | None:
         if self._reference is None:

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.data.batch_stats import CROSS_ENTROPY_IGNORE_INDEX
-from llmfoundry.data.finetuning.targets import ends_with_eos, stitch_example, truncate, validate_target_settings
+from llmfoundry.data.finetuning.targets import ends_with_eos, line_break_ids, stitch_example, truncate, validate_target_settings
 from llmfoundry.data.packing import best_fit_bins
 
 __all__ = ['Document', 'PackedRow', 'PackingCollator', 'RowLayout', 'Seq2SeqFinetuningCollator', 'assemble', 'validate_target_settings', 'with_idle_rows']
@@ -144,6 +144,7 @@ class Seq2SeqFinetuningCollator:
         if max_seq_len % _TRIM_MULTIPLE:
             log.warning('max_seq_len is %d; tensor cores are fastest with a multiple of %d', max_seq_len, _TRIM_MULTIPLE)
         self.tokenizer = tokenizer
+        self._line_breaks = line_break_ids(tokenizer)
         self.max_seq_len = int(max_seq_len)
         self.decoder_only_format = decoder_only_format
         self.target_responses = target_responses.lower()
@@ -197,7 +198,7 @@ class Seq2SeqFinetuningCollator:
             raise ValueError(f'an example must have `turns`, or `input_ids` and `labels`, got {keys}')
         turns = example['turns'] if 'turns' in example else [example]
         eos = self.tokenizer.eos_token_id if self.decoder_only_format else None
-        return Document(*stitch_example(turns, self.target_prompts, self.target_responses, eos))
+        return Document(*stitch_example(turns, self.target_prompts, self.target_responses, eos, self._line_breaks))
 
     def _layout(self, longest: int, padding_side: str) -> RowLayout:
         width = self.max_seq_len
@@ -233,7 +234,7 @@ class Seq2SeqFinetuningCollator:
 
     def _with_eos(self, ids: np.ndarray) -> np.ndarray:
         eos = self.tokenizer.eos_token_id
-        return ids if eos is None or ends_with_eos(ids, eos) else np.append(ids, np.int32(eos))
+        return ids if eos is None or ends_with_eos(ids, eos, self._line_breaks) else np.append(ids, np.int32(eos))
 
     def _cut(self, ids: np.ndarray, part: str) -> np.ndarray:
         if len(ids) <= self.max_seq_len:

@@ -12,7 +12,7 @@ import logging
 import re
 import warnings
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Collection, Iterator, Mapping, Sequence
 
 import datasets
 
@@ -24,7 +24,7 @@ from llmfoundry.data.finetuning.preprocessing import PreprocessingFn, apply, fun
 from llmfoundry.data.finetuning.sources import describe_source, fingerprint, load_rows
 from llmfoundry.data.finetuning.store import EMPTY_PROMPT, EMPTY_RESPONSE, NO_TARGET, EncodedRow, StoreCounts, StorePlan, TokenStore
 from llmfoundry.data.finetuning.store_builder import build_store, default_num_proc
-from llmfoundry.data.finetuning.targets import stitch_example, truncate, validate_target_settings
+from llmfoundry.data.finetuning.targets import line_break_ids, stitch_example, truncate, validate_target_settings
 from llmfoundry.data.finetuning.tokenization import tokenize_batch
 from llmfoundry.errors import BaseContextualError, DataError, InvalidDatasetError
 
@@ -139,12 +139,13 @@ def encode_rows(
     """
     stop = len(rows) if stop is None else stop
     eos_token_id = tokenizer.eos_token_id if settings.decoder_only_format else None
+    line_breaks = line_break_ids(tokenizer)
     bytes_per_row = max(1, rows.data.nbytes // max(1, rows.data.num_rows))
     step = max(1, min(_BATCH_ROWS, _BATCH_BYTES // bytes_per_row))
     for first in range(start, stop, step):
         for offset, turns in enumerate(_tokenized(rows, source, tokenizer, fn, range(first, min(stop, first + step)))):
             try:
-                yield encode_turns(turns, settings, eos_token_id)
+                yield encode_turns(turns, settings, eos_token_id, line_breaks)
             except ValueError as e:
                 raise _named(e, source, first + offset) from e
 
@@ -152,7 +153,10 @@ def encode_rows(
 def _tokenized(
     rows: datasets.Dataset, source: str, tokenizer: PreTrainedTokenizerBase, fn: PreprocessingFn | None, span: range
 ) -> Iterator[list[Mapping[str, Any]]]:
-    columns = rows[span.start : span.stop]
+    try:
+        columns = rows[span.start : span.stop]
+    except UnicodeDecodeError as e:
+        raise _not_utf8(rows, source, span) from e
     names = list(columns)
     examples: list[Mapping[str, Any]] = [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     if fn is not None:
@@ -169,24 +173,34 @@ def _tokenized(
         yield example['turns']
 
 
+def _not_utf8(rows: datasets.Dataset, source: str, span: range) -> DataError:
+    """Names the first row of ``span`` that is not UTF-8: Arrow's readers do not look, so it shows when the row is read."""
+    for row in span:
+        try:
+            rows[row]
+        except UnicodeDecodeError as e:
+            return DataError(f'not UTF-8 (byte 0x{e.object[e.start]:02x} at byte {e.start} of a value). Re-encode the file', file=f'{source}, row {row}')
+    return DataError(f'rows {span.start} to {span.stop - 1} hold text that is not UTF-8. Re-encode the file', file=source)
+
+
 def _named(error: Exception, source: str, row: int) -> Exception:
     """The error with source and row before its text: of the same type where it is one of ours, else a DataError."""
     where = f'{source}, row {row}'
     if not isinstance(error, BaseContextualError):
-        return DataError(f'{type(error).__name__}: {error}', file=where)
+        return DataError(error.message if isinstance(error, DataError) and not error.file else f'{type(error).__name__}: {error}', file=where)
     mark_row(error, row)
     error.message = f'{where}: {error.message}'
     error.args = (error.message,)
     return error
 
 
-def encode_turns(turns: Sequence[Mapping[str, Any]], settings: TokenSettings, eos_token_id: int | None) -> EncodedRow:
+def encode_turns(turns: Sequence[Mapping[str, Any]], settings: TokenSettings, eos_token_id: int | None, line_breaks: Collection[int] = ()) -> EncodedRow:
     """Stitches and cuts one example, or says why it is dropped."""
     if any(len(turn['input_ids']) == 0 for turn in turns):
         return EncodedRow(None, None, EMPTY_PROMPT)
     if not turns or any(len(turn['labels']) == 0 for turn in turns):
         return EncodedRow(None, None, EMPTY_RESPONSE)
-    whole_ids, whole_targets = stitch_example(turns, settings.target_prompts, settings.target_responses, eos_token_id)
+    whole_ids, whole_targets = stitch_example(turns, settings.target_prompts, settings.target_responses, eos_token_id, line_breaks)
     ids, targets = whole_ids, whole_targets
     if settings.decoder_only_format:
         ids, targets = truncate(whole_ids, whole_targets, settings.max_seq_len)

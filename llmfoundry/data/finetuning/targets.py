@@ -7,11 +7,11 @@ a copy of the ids with -100 in it, because a bool is a quarter of the memory and
 from __future__ import annotations
 
 import re
-from typing import Any, Mapping, Sequence
+from typing import Any, Collection, Mapping, Sequence
 
 import numpy as np
 
-__all__ = ['IGNORE_INDEX', 'ends_with_eos', 'holds_labels_of_ids', 'prompt_threshold', 'row_from_labels', 'stitch_example', 'stitch_turns', 'truncate', 'validate_target_settings']
+__all__ = ['IGNORE_INDEX', 'ends_with_eos', 'holds_labels_of_ids', 'line_break_ids', 'prompt_threshold', 'row_from_labels', 'stitch_example', 'stitch_turns', 'truncate', 'validate_target_settings']
 
 IGNORE_INDEX = -100
 """The label of a token that is not trained: what torch's cross entropy skips."""
@@ -70,6 +70,7 @@ def stitch_turns(
     target_prompts: str = 'none',
     target_responses: str = 'last',
     eos_token_id: int | None = None,
+    line_breaks: Collection[int] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Joins the turns of one example to one row and marks what is trained.
 
@@ -77,8 +78,9 @@ def stitch_turns(
         turns: each holds ``input_ids``, the ids of its prompt, and ``labels``, the ids of its response.
         target_prompts: ``none``, ``all`` or ``length>=N``: which prompts are trained.
         target_responses: ``last`` or ``all``: which responses are trained.
-        eos_token_id: appended to the last response, and trained, unless that response ends with it, or with it and the one token of whitespace that chat templates
-            put after it. None appends nothing.
+        eos_token_id: appended to the last response, and trained, unless that response ends with it, or with it and line breaks, which chat templates put behind
+            it. None appends nothing.
+        line_breaks: ids of line breaks and spaces, see ``line_break_ids``.
 
     Returns:
         ids int32 ``(tokens,)`` and targets bool ``(tokens,)``. Nothing is cut: see ``truncate``.
@@ -91,7 +93,7 @@ def stitch_turns(
         is_last = i == len(turns) - 1
         pieces.append((prompt, threshold is not None and len(prompt) >= threshold))
         pieces.append((response, every_response or is_last))
-        if is_last and eos_token_id is not None and not ends_with_eos(response, eos_token_id):
+        if is_last and eos_token_id is not None and not ends_with_eos(response, eos_token_id, line_breaks):
             pieces.append(([eos_token_id], True))
 
     total = sum(len(ids) for ids, _ in pieces)
@@ -105,9 +107,18 @@ def stitch_turns(
     return ids, targets
 
 
-def ends_with_eos(ids: Sequence[int], eos_token_id: int) -> bool:
-    """Whether a response needs no end token: it ends with one, or with one and the line break that chat templates put behind it."""
-    return eos_token_id in list(ids[-2:])
+def ends_with_eos(ids: Sequence[int], eos_token_id: int, line_breaks: Collection[int] = ()) -> bool:
+    """Whether a response needs no end token: it ends with one, or with one and line breaks behind it."""
+    end = len(ids)
+    while end and ids[end - 1] in line_breaks:
+        end -= 1
+    return end > 0 and ids[end - 1] == eos_token_id
+
+
+def line_break_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids that a tokenizer gives to line breaks and spaces: what may stand between the end token of a chat's last turn and the end of the row."""
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    return frozenset(i for text in ('\n', '\n\n', ' ') for i in tokenizer(text, add_special_tokens=False)['input_ids']) - special
 
 
 def holds_labels_of_ids(turn: Mapping[str, Any]) -> bool:
@@ -137,11 +148,12 @@ def stitch_example(
     target_prompts: str = 'none',
     target_responses: str = 'last',
     eos_token_id: int | None = None,
+    line_breaks: Collection[int] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """The row of an example in either form: labels that mark their ids are taken as they are (``row_from_labels``), turns are stitched (``stitch_turns``)."""
     if len(turns) == 1 and holds_labels_of_ids(turns[0]):
         return row_from_labels(turns[0]['input_ids'], turns[0]['labels'])
-    return stitch_turns(turns, target_prompts, target_responses, eos_token_id)
+    return stitch_turns(turns, target_prompts, target_responses, eos_token_id, line_breaks)
 
 
 def truncate(ids: np.ndarray, targets: np.ndarray, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:

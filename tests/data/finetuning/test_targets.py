@@ -19,6 +19,7 @@ from llmfoundry.data.finetuning.targets import (
 )
 
 EOS = 99
+LINE_BREAK = 77
 IDS = st.lists(st.integers(0, 90), max_size=8)
 TURNS = st.lists(st.fixed_dictionaries({'input_ids': IDS, 'labels': IDS}), min_size=1, max_size=5)
 PROMPTS = st.sampled_from(['none', 'all', 'length>=1', 'length>=4', 'LENGTH>=2', 'None'])
@@ -66,11 +67,11 @@ def test_tokens_are_conserved_and_masks_follow_the_rules(turns: list, prompts: s
 
 @pytest.mark.parametrize(
     ('response', 'ends'),
-    [([4], [4, EOS]), ([4, EOS], [4, EOS]), ([4, EOS, 5], [4, EOS, 5]), ([EOS, 4, 5], [EOS, 4, 5, EOS]), ([], [EOS]), ([EOS], [EOS])],
+    [([4], [4, EOS]), ([4, EOS], [4, EOS]), ([4, EOS, LINE_BREAK], [4, EOS, LINE_BREAK]), ([4, EOS, 5], [4, EOS, 5, EOS]), ([LINE_BREAK], [LINE_BREAK, EOS]), ([EOS, 4, 5], [EOS, 4, 5, EOS]), ([], [EOS]), ([EOS], [EOS])],
 )
 def test_eos_is_appended_once(response: list[int], ends: list[int]) -> None:
     for given_response in (response, np.array(response, np.int64)):
-        ids, targets = stitch_turns([{'input_ids': [1], 'labels': given_response}], eos_token_id=EOS)
+        ids, targets = stitch_turns([{'input_ids': [1], 'labels': given_response}], eos_token_id=EOS, line_breaks={LINE_BREAK})
         assert ids.tolist() == [1, *ends]
         assert targets.tolist() == [False, *[True] * len(ends)]
 

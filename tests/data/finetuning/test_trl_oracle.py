@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from llmfoundry.data.finetuning.chat import chat_turn_texts
-from llmfoundry.data.finetuning.targets import IGNORE_INDEX, stitch_example
+from llmfoundry.data.finetuning.targets import IGNORE_INDEX, line_break_ids, stitch_example
 from llmfoundry.data.finetuning.tokenization import tokenize_batch
 from llmfoundry.errors import InvalidConversationError
 from llmfoundry.tokenizers.utils import get_date_string
@@ -110,7 +110,7 @@ def by_trl(rows: list[dict[str, Any]], tokenizer: Any, folder: Path, **config: A
 def by_us(examples: list[dict[str, Any]], tokenizer: Any, target_responses: str) -> Rows:
     rows = []
     for tokenized in tokenize_batch(examples, tokenizer):
-        ids, targets = stitch_example(tokenized['turns'], 'none', target_responses, tokenizer.eos_token_id)
+        ids, targets = stitch_example(tokenized['turns'], 'none', target_responses, tokenizer.eos_token_id, line_break_ids(tokenizer))
         rows.append((ids.tolist(), [int(i) if t else IGNORE_INDEX for i, t in zip(ids, targets, strict=True)]))
     return rows
 

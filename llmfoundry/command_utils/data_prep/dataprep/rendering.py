@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Mapping, Sequence
 
 from llmfoundry.command_utils.data_prep.dataprep.packing import TokenisedRow
-from llmfoundry.data.finetuning.targets import ends_with_eos
+from llmfoundry.data.finetuning.targets import ends_with_eos, line_break_ids
 from llmfoundry.data.prompts import Prompt
 from llmfoundry.errors import DataError
 
@@ -56,9 +56,11 @@ class Renderer:
     chunksize: int
     source: str = 'source_config'
     _bos: str = field(init=False, repr=False)
+    _line_breaks: frozenset[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._bos = self.tokenizer.bos_token or ''
+        self._line_breaks = line_break_ids(self.tokenizer)
 
     def __call__(self, columns: Mapping[str, Sequence[Any]], first_row: int) -> tuple[list[TokenisedRow], RowCounts]:
         """Rows ``first_row``, ``first_row + 1``, ... given as columns.
@@ -123,7 +125,7 @@ class Renderer:
                 break
             common += 1
         eos = self.tokenizer.eos_token_id
-        if eos is not None and (not ends_with_eos(ids, eos) or common == len(ids)):
+        if eos is not None and (not ends_with_eos(ids, eos, self._line_breaks) or common == len(ids)):
             ids = [*ids, eos]
         return TokenisedRow(ids, common, text)
 
