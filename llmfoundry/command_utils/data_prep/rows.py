@@ -134,7 +134,7 @@ def _row_of_line(line: str | bytes, number: int) -> Any:
     except json.JSONDecodeError as e:
         shown = line.strip()
         shown = shown if len(shown) <= 40 else shown[:40] + '...'
-        raise ValueError(f'not JSON ({e.msg} at column {e.colno}): {shown}') from None
+        raise ValueError(f'not JSON ({e.msg.removesuffix(" at")} at column {e.colno}): {shown}') from None
     except RecursionError:
         raise ValueError('not usable JSON: nested too deeply') from None
 

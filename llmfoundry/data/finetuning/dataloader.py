@@ -7,6 +7,7 @@ batch. Run as a script, it prints a few batches, context and trained tokens in d
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 from itertools import islice
 from typing import Any, Callable, Mapping, Sequence
@@ -104,11 +105,22 @@ def _check_block(dataset: Mapping[str, Any]) -> None:
         raise MissingHuggingFaceURLSplitError()
     if found and {key for key, _ in found} <= {'packing', 'packing_ratio'} and asks_for_packing(dataset) and dataset.get('decoder_only_format') is False:
         raise NotImplementedError(f'dataset.{found[0][0]}: {found[0][1]}')
+    found += _unregistered_name(dataset)
     if found:
         raise ConfigError([ConfigProblem(f'dataset.{key}'.rstrip('.'), text) for key, text in found])
     others = unknown_keys(dataset, streaming_keys())[1]
     if others:
         log.warning('dataset: unknown keys that have no effect: %s', ', '.join(others))
+
+
+def _unregistered_name(dataset: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Document 000's ``name`` of rows that are not streamed says how they are read, so there must be a function of that name."""
+    name, names = dataset.get('name'), preprocessing.registered_names()
+    if name is None or name in names or ':' in str(name) or any(dataset.get(key) for key in ('hf_name', 'local', 'remote', 'streams')):
+        return []
+    near = difflib.get_close_matches(str(name), names, 1)
+    hint = f' (did you mean {near[0]!r}?)' if near else ''
+    return [('name', f'no preprocessing function is registered as {name!r}{hint}. Register one, or if the rows hold prompt and response already, use `hf_name`. Registered: {", ".join(names)}')]
 
 
 def build_collate_fn(dataloader_cfg: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, dataset_batch_size: int) -> tuple[Callable[[Sequence[Any]], dict[str, Any]], int]:

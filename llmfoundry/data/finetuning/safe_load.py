@@ -10,6 +10,7 @@ from typing import Any, Iterator, Mapping
 from huggingface_hub import snapshot_download
 
 from llmfoundry.data.finetuning.cache_folder import cache_folder
+from llmfoundry.data.finetuning.file_faults import local_files
 from llmfoundry.errors import DataError, InvalidFileExtensionError
 
 __all__ = ['HUGGINGFACE_FOLDER_EXTENSIONS', 'SUPPORTED_EXTENSIONS', 'check_files', 'download_safely']
@@ -27,7 +28,7 @@ def check_files(name: str, kwargs: Mapping[str, Any]) -> None:
         InvalidFileExtensionError: a file of another kind is there, or none of these kinds.
     """
     roots = [name] if os.path.exists(name) else []
-    roots += list(_flat(kwargs.get('data_files'))) or ([str(kwargs['data_dir'])] if kwargs.get('data_dir') else [])
+    roots += list(local_files(kwargs.get('data_files'))) or ([str(kwargs['data_dir'])] if kwargs.get('data_dir') else [])
     files = [file for root in roots for file in _files_below(root)]
     wrong = [f for f in files if not f.endswith((*SUPPORTED_EXTENSIONS, *HUGGINGFACE_FOLDER_EXTENSIONS)) and not f.endswith('.gitignore')]
     if name in _UNSAFE_BUILDERS:
@@ -35,16 +36,6 @@ def check_files(name: str, kwargs: Mapping[str, Any]) -> None:
     if wrong or not any(f.endswith(tuple(SUPPORTED_EXTENSIONS)) for f in files):
         reason = f'safe_load does not allow {", ".join(wrong[:5])}' if wrong else 'there is no data file'
         raise InvalidFileExtensionError(', '.join(roots) or name, SUPPORTED_EXTENSIONS) from DataError(reason, file=', '.join(roots))
-
-
-def _flat(files: Any) -> Iterator[str]:
-    if isinstance(files, Mapping):
-        files = list(files.values())
-    if isinstance(files, (list, tuple)):
-        for inner in files:
-            yield from _flat(inner)
-    elif files:
-        yield str(files)
 
 
 def _files_below(root: str) -> Iterator[str]:

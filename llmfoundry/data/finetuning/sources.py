@@ -19,10 +19,11 @@ import datasets
 import pyarrow as pa
 
 from llmfoundry.data.finetuning.downloads import download_file, download_folder, download_split
+from llmfoundry.data.finetuning.file_faults import first_fault, local_files
 from llmfoundry.data.finetuning.packed_rows import one_row_per_document
 from llmfoundry.data.finetuning.safe_load import HUGGINGFACE_FOLDER_EXTENSIONS, SUPPORTED_EXTENSIONS, check_files, download_safely
 from llmfoundry.data.remote_files import is_remote
-from llmfoundry.errors import FinetuningFileNotFoundError, MisconfiguredHfDatasetError, MissingHuggingFaceURLSplitError
+from llmfoundry.errors import FinetuningFileNotFoundError, InvalidDatasetError, MisconfiguredHfDatasetError, MissingHuggingFaceURLSplitError
 
 __all__ = ['BUILDERS', 'HUGGINGFACE_FOLDER_EXTENSIONS', 'SUPPORTED_EXTENSIONS', 'describe_source', 'fingerprint', 'load_rows']
 
@@ -71,6 +72,9 @@ def _open_rows(hf_name: str, split: str | None, hf_kwargs: Mapping[str, Any] | N
             name = str(download_safely(name, kwargs.pop('token', None), kwargs.pop('revision', None)))
     if name.endswith('.arrow') and os.path.isfile(name):
         return _slice(_map_arrow(name), hf_split, name)
+    if os.path.isfile(name):
+        reason = f'the name of the file does not tell what it holds: it must end with one of {", ".join((*BUILDERS, ".arrow"))}. Rename it, or give hf_name: json (or csv, parquet) and the file as hf_kwargs.data_files'
+        raise MisconfiguredHfDatasetError(name, split, reason)
     if any(os.path.isfile(os.path.join(name, marker)) for marker in ('state.json', 'dataset_dict.json')):
         return _slice(datasets.load_from_disk(name), hf_split, name)
     return _load(hf_name, name, hf_split, kwargs)
@@ -171,17 +175,24 @@ def _logged_errors() -> Iterator[list[str]]:
 
 
 def _load(hf_name: str, name: str, split: str, kwargs: dict[str, Any]) -> datasets.Dataset:
+    source = describe_source(hf_name, split, kwargs)
     with _logged_errors() as messages:
         try:
             found = datasets.load_dataset(name, split=split, **kwargs)
-        except datasets.exceptions.DatasetGenerationError as e:
-            raise MisconfiguredHfDatasetError(hf_name, split, messages[-1] if messages else str(e.__cause__ or e)) from e
         except datasets.exceptions.DataFilesNotFoundError as e:
             raise FinetuningFileNotFoundError([f'{kwargs.get("data_dir") or name} ({e})']) from e
         except FileNotFoundError as e:
-            raise FinetuningFileNotFoundError([str(e)]) from e
+            missing = [f for f in local_files(kwargs.get('data_files')) if not os.path.exists(f)]
+            raise FinetuningFileNotFoundError(missing or [str(e)]) from e
         except ConnectionError as e:
             raise ConnectionError(f'hf_name {hf_name}: no file or folder of that name here, and the Hub cannot be asked: {e}') from e
+        except (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid, StopIteration, UnicodeDecodeError) as e:
+            reason = first_fault(kwargs.get('data_files')) or (messages[-1] if messages else f'{source}: {e.__cause__ or e}')
+            raise MisconfiguredHfDatasetError(hf_name, split, reason) from e
+        except ValueError as e:
+            if 'corresponds to no data' in str(e):
+                raise InvalidDatasetError(source, 'it has no rows') from e
+            raise ValueError(f'{source}: {e}') from e
     return found
 
 
