@@ -7,18 +7,24 @@ import re
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
 from tests.helpers.workspace import ROOT, make_workspace, run_command
 
 BLOCK = re.compile(r'^```bash\n(.*?)^```', re.MULTILINE | re.DOTALL)
 MAIN, DATA_PREP, BENCHMARKS = 'README.md', 'scripts/data_prep/README.md', 'scripts/train/benchmarking/README.md'
+EXAMPLE = 'scripts/train/finetune_example/README.md'
 
 # What stands in a README but cannot be run by a test, and why.
 NOT_RUN = {
     'make test': 'it is what runs this file',
     "python scripts/data_prep/convert_dataset_hf.py --dataset c4 --data_subset en --out_root my-copy-c4 --splits train_small val_small --concat_tokens 2048 "
     "--tokenizer EleutherAI/gpt-neox-20b --eos_text '<|endoftext|>'": 'downloads from the Hub; the same script runs on a local folder in tests/data_prep',
+    'python scripts/data_prep/convert_finetuning_dataset.py --dataset mosaicml/doge-facts --preprocessor my_data.formatting:dogefacts_prep_fn --splits train '
+    '--out_root s3://my-bucket/my-copy-doge-facts': 'the dataset is made up; the same script runs on local files in tests/data_prep',
+    'python scripts/data_prep/preparation/tokenize_data.py --input-file train.jsonl --output-file train.arrow --tokenizer-path EleutherAI/pythia-410m-deduped --max-length 2048':
+        'downloads the tokenizer from the Hub; the same script runs with a local one in tests/data_prep',
     'python scripts/train/benchmarking/train_step.py --peer /path/to/other/python --rounds 3': 'the path is a placeholder; run below with this interpreter as the peer',
     'python scripts/train/benchmarking/gpu.py --sizes 1b --compile 1 --no_tests': 'needs a CUDA GPU',
 }
@@ -28,7 +34,7 @@ REDUCED = {
     'python scripts/train/benchmarking/gpu.py': ' --device cpu --sizes tiny --attn sdpa --loss fused --compile 0 --seq_len 128 --steps 1 --no_tests',
     'python scripts/data_prep/benchmarking/benchmark.py': ' --megabytes 1 --repeats 1',
 }
-NUMBER_OF_COMMANDS = {MAIN: 18, DATA_PREP: 4, BENCHMARKS: 4}
+NUMBER_OF_COMMANDS = {MAIN: 18, DATA_PREP: 8, BENCHMARKS: 4, EXAMPLE: 2}
 
 
 def readme_commands(name: str) -> list[str]:
@@ -75,8 +81,20 @@ def test_data_prep_readme(tmp_path: Path) -> None:
     (workspace / 'my-text.jsonl').write_text(''.join(json.dumps({'text': f'Row {i}: the quick brown fox jumps over the lazy dog. ' * 40}) + '\n' for i in range(20)))
     (workspace / 'books').mkdir()
     (workspace / 'books' / 'one.txt').write_text('It was the best of times, it was the worst of times. ' * 500)
-    assert run_readme(DATA_PREP, workspace) == NUMBER_OF_COMMANDS[DATA_PREP] - 1
+    (workspace / 'chats.jsonl').write_text(json.dumps({'messages': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]}) + '\n')
+    datasets.Dataset.from_list([{'input': f'{i}?', 'response': f'{i}!', 'contexts': []} for i in range(9)]).save_to_disk(str(workspace / 'my-rows'))
+    yaml = re.search(r'```yaml\n(.*?)```', (ROOT / DATA_PREP).read_text(encoding='utf-8'), re.DOTALL)
+    assert yaml is not None
+    (workspace / 'my-dataprep.yaml').write_text(yaml[1])
+    assert run_readme(DATA_PREP, workspace) == NUMBER_OF_COMMANDS[DATA_PREP] - 3
+    assert (workspace / 'my-packed-rows' / 'state.json').exists() and (workspace / 'my-chats' / 'train' / 'index.json').exists()
     assert (workspace / 'my-text' / 'index.json').exists() and (workspace / 'books-mds' / 'index.json').exists()
+
+
+@pytest.mark.slow
+def test_finetune_example_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('LLMFOUNDRY_CACHE', str(tmp_path / 'cache'))
+    assert run_readme(EXAMPLE, ROOT / 'scripts' / 'train') == NUMBER_OF_COMMANDS[EXAMPLE]
 
 
 @pytest.mark.slow
