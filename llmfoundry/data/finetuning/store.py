@@ -17,7 +17,7 @@ import socket
 import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, BinaryIO, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -154,38 +154,46 @@ def write_part(folder: Path, plan: StorePlan, part: int, rows: Iterable[EncodedR
     # A damaged part must not look whole while it is made anew.
     json_path.unlink(missing_ok=True)
     first, stop = plan.span(part)
-    index: list[tuple[int, int]] = []
-    counts = dict.fromkeys((f.name for f in fields(StoreCounts)), 0)
-    checksum = 0
     temporary = _temporary(token_path)
-    with open(temporary, 'wb', buffering=1 << 20) as f:
-        for row in rows:
-            counts['rows'] += 1
-            if row.ids is None or row.targets is None:
-                counts[row.dropped or NO_TARGET] += 1
-                continue
-            words = np.where(row.targets, ~row.ids, row.ids).astype('<i4', copy=False)
-            data = words.tobytes()
-            f.write(data)
-            checksum = zlib.crc32(data, checksum)
-            index.append((first + counts['rows'] - 1, len(words)))
-            counts['tokens'] += len(words)
-            counts['target_tokens'] += int(np.count_nonzero(row.targets))
-            counts['truncated'] += bool(row.cut_tokens)
-            counts['truncated_tokens'] += row.cut_tokens
-        f.flush()
-        os.fsync(f.fileno())
-    if counts['rows'] != stop - first:
-        temporary.unlink()
-        raise RuntimeError(f'part {part} of {plan.source} got {counts["rows"]} rows instead of {stop - first}')
-    counts['kept'] = len(index)
+    try:
+        with open(temporary, 'wb', buffering=1 << 20) as f:
+            counts, index, checksum = _write_tokens(f, rows, first)
+            f.flush()
+            os.fsync(f.fileno())
+        if counts['rows'] != stop - first:
+            raise RuntimeError(f'part {part} of {plan.source} got {counts["rows"]} rows instead of {stop - first}')
+        os.replace(temporary, token_path)
+    finally:
+        # A killed process leaves it to the next builder; a disk that is full gets its space back.
+        temporary.unlink(missing_ok=True)
     # (kept, 2): row of the source, length in tokens.
     table = np.asarray(index, dtype='<i8').reshape(-1, 2).tobytes()
-    os.replace(temporary, token_path)
     _write(row_path, table)
     entry = {'counts': counts, 'tokens_crc32': checksum, 'rows_crc32': zlib.crc32(table)}
     _write(json_path, json.dumps(entry).encode())
     return StoreCounts(**counts)
+
+
+def _write_tokens(file: BinaryIO, rows: Iterable[EncodedRow], first: int) -> tuple[dict[str, int], list[tuple[int, int]], int]:
+    """Writes the words of rows; returns the counts, (row of the source, length) of those that are kept, and the checksum of the words."""
+    counts = dict.fromkeys((f.name for f in fields(StoreCounts)), 0)
+    index: list[tuple[int, int]] = []
+    checksum = 0
+    for number, row in enumerate(rows, first):
+        counts['rows'] += 1
+        if row.ids is None or row.targets is None:
+            counts[row.dropped or NO_TARGET] += 1
+            continue
+        data = np.where(row.targets, ~row.ids, row.ids).astype('<i4', copy=False).tobytes()
+        file.write(data)
+        checksum = zlib.crc32(data, checksum)
+        index.append((number, len(row.ids)))
+        counts['tokens'] += len(row.ids)
+        counts['target_tokens'] += int(np.count_nonzero(row.targets))
+        counts['truncated'] += bool(row.cut_tokens)
+        counts['truncated_tokens'] += row.cut_tokens
+    counts['kept'] = len(index)
+    return counts, index, checksum
 
 
 class _Part(NamedTuple):

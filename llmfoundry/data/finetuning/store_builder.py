@@ -8,6 +8,7 @@ threads use the cores instead.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import multiprocessing
 import os
@@ -63,14 +64,15 @@ def build_store(folder: str | os.PathLike[str], plan: StorePlan, encode: Encode,
 
     Raises:
         Exception: what ``encode`` raises; parts that are done stay.
+        OSError: the folder cannot be written to, or is full.
         RuntimeError: a worker process was killed.
     """
     folder = Path(folder)
     try:
         return TokenStore(folder)
     except FileNotFoundError:
-        folder.mkdir(parents=True, exist_ok=True)
-    with _only_builder(folder, plan.source):
+        pass
+    with _named_folder(folder), _only_builder(folder, plan.source):
         found = read_plan(folder)
         if found is None or (found.rows, found.rows_per_part) != (plan.rows, plan.rows_per_part):
             remove_leftovers(folder, 'part-*')
@@ -87,6 +89,19 @@ def build_store(folder: str | os.PathLike[str], plan: StorePlan, encode: Encode,
             for part in missing:
                 progress.add(write_part(folder, plan, part, encode(*plan.span(part))))
     return TokenStore(folder)
+
+
+@contextlib.contextmanager
+def _named_folder(folder: Path) -> Iterator[None]:
+    """Makes the folder. Errors of its disk (no space, no permission) say what to set."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        text = f'token ids cannot be written to {folder}: {e.strerror}. Set LLMFOUNDRY_CACHE to a folder with space (4 bytes per token); parts that are done are kept'
+        raise type(e)(e.errno, text) from e
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from llmfoundry.data.finetuning import store_builder
 from llmfoundry.data.finetuning.store import EncodedRow, StorePlan, TokenStore, part_is_whole, write_part, write_plan, write_store
 from llmfoundry.data.finetuning.store_builder import build_store, default_num_proc
+from tests.helpers.disks import resize_disk, small_disk
 
 ROOT = Path(__file__).resolve().parents[3]
 PLAN = StorePlan(rows=95, rows_per_part=10, source='numbers', made_from={})
@@ -172,6 +173,26 @@ def test_a_killed_process_is_an_error_with_a_remedy(tmp_path):
     with pytest.raises(RuntimeError, match=r'numbers: a tokenising process was killed.*MAX_NUM_PROC \(now 2 processes\)'):
         build_store(tmp_path, PLAN, suicidal, num_proc=2)
     check_numbers(build_store(tmp_path, PLAN, encode))
+
+
+@pytest.mark.parametrize('num_proc', [1, 2])
+def test_a_full_disk_is_an_error_with_a_remedy_and_loses_no_whole_part(tmp_path, num_proc):
+    plan = StorePlan(rows=8, rows_per_part=1, source='large', made_from={})
+
+    def large(start: int, stop: int) -> Iterator[EncodedRow]:
+        return (EncodedRow(np.full(100_000, i, np.int32), np.ones(100_000, bool)) for i in range(start, stop))
+
+    with small_disk(tmp_path / 'disk', '2m') as disk:
+        folder = disk / 'store'
+        with pytest.raises(OSError, match=f'token ids cannot be written to {folder}: No space left on device. Set LLMFOUNDRY_CACHE'):
+            build_store(folder, plan, large, num_proc)
+        whole = [p for p in range(8) if part_is_whole(folder, p)]
+        assert len(whole) >= 4 and not list(folder.glob('*.tmp'))
+        resize_disk(disk, '8m')
+        store = build_store(folder, plan, large, num_proc)
+        assert [int(store.row(i)[0][-1]) for i in range(8)] == list(range(8))
+        # Its maps keep the disk busy.
+        del store
 
 
 # Slow, so that it can be killed in the middle of a part; notes each span that it begins.
