@@ -119,9 +119,14 @@ def _import_module(name: str) -> Any:
         missing_itself = e.name is not None and (name == e.name or name.startswith(e.name + '.'))
         if not missing_itself or os.getcwd() in sys.path:
             raise
-    sys.path.append(os.getcwd())
+    folder = os.getcwd()
+    sys.path.append(folder)
     importlib.invalidate_caches()
-    return importlib.import_module(name)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        sys.path.remove(folder)
+        raise
 
 
 def from_column_map(mapping: Mapping[str, str]) -> PreprocessingFn:

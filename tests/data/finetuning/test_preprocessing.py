@@ -132,6 +132,23 @@ def test_import_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert str(e.value) == f'{start}{name}. {cause}'
 
 
+def test_the_working_folder_is_searched_only_where_that_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'code').mkdir()
+    (tmp_path / 'code' / 'my_h1_fails.py').write_text('import not_there_either\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', [str(tmp_path / 'code'), *(p for p in sys.path if p not in ('', str(tmp_path)))])
+    for name in ('my_h1_fails:f', 'my_h1_nowhere:f'):
+        with pytest.raises(ValueError, match='Failed to import'):
+            resolve_preprocessing_fn(name, None)
+        assert str(tmp_path) not in sys.path
+
+
+def test_an_error_of_ours_passes_through() -> None:
+    fn = resolve_preprocessing_fn({'prompt': 'a'}, None)
+    with pytest.raises(InvalidPromptResponseKeysError):
+        apply(fn, {'a': 1}, None)
+
+
 def test_a_name_that_is_neither_registered_nor_a_path() -> None:
     with pytest.raises(ValueError) as e:
         resolve_preprocessing_fn('tatsu-lab/alpacca', None)
