@@ -113,13 +113,12 @@ def from_name(name: str | None, dataset_name: str | None = None) -> Preprocessin
 
 def _import_module(name: str) -> Any:
     """Imports ``name``, from the working folder too: a console script does not search it, unlike ``python script.py``."""
+    folder = os.getcwd()
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as e:
-        missing_itself = e.name is not None and (name == e.name or name.startswith(e.name + '.'))
-        if not missing_itself or os.getcwd() in sys.path:
+    except ModuleNotFoundError:
+        if folder in sys.path:
             raise
-    folder = os.getcwd()
     sys.path.append(folder)
     importlib.invalidate_caches()
     try:
