@@ -26,15 +26,17 @@ NOT_RUN = {
     'python scripts/data_prep/preparation/tokenize_data.py --input-file train.jsonl --output-file train.arrow --tokenizer-path EleutherAI/pythia-410m-deduped --max-length 2048':
         'downloads the tokenizer from the Hub; the same script runs with a local one in tests/data_prep',
     'python scripts/train/benchmarking/train_step.py --peer /path/to/other/python --rounds 3': 'the path is a placeholder; run below with this interpreter as the peer',
+    'python scripts/train/benchmarking/finetuning_data.py --data train.jsonl --peer /path/to/other/python': 'the paths are placeholders; the benchmark has tests of its own',
     'python scripts/train/benchmarking/gpu.py --sizes 1b --compile 1 --no_tests': 'needs a CUDA GPU',
 }
 # Measurements are run on something tiny: a test shows that the command works, not how fast the machine is.
 REDUCED = {
     'python scripts/train/benchmarking/train_step.py': f' --size tiny --batch_size 1 --seq_len 32 --steps 1 --rounds 1 --precisions fp32 --peer {sys.executable}',
     'python scripts/train/benchmarking/gpu.py': ' --device cpu --sizes tiny --attn sdpa --loss fused --compile 0 --seq_len 128 --steps 1 --no_tests',
+    'python scripts/train/benchmarking/finetuning_data.py': ' --rows 300',
     'python scripts/data_prep/benchmarking/benchmark.py': ' --megabytes 1 --repeats 1',
 }
-NUMBER_OF_COMMANDS = {MAIN: 18, DATA_PREP: 8, BENCHMARKS: 4, EXAMPLE: 2}
+NUMBER_OF_COMMANDS = {MAIN: 18, DATA_PREP: 8, BENCHMARKS: 6, EXAMPLE: 2}
 
 
 def readme_commands(name: str) -> list[str]:
@@ -100,7 +102,7 @@ def test_finetune_example_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 def test_benchmark_readme(tmp_path: Path) -> None:
     workspace = make_workspace(tmp_path / 'clone')
-    assert run_readme(BENCHMARKS, workspace) == NUMBER_OF_COMMANDS[BENCHMARKS] - 2
+    assert run_readme(BENCHMARKS, workspace) == NUMBER_OF_COMMANDS[BENCHMARKS] - 3
 
 
 def check_quickstart(workspace: Path) -> None:
