@@ -71,6 +71,13 @@ def test_every_example_comes_once_per_epoch(ranks: int, packing: Any) -> None:
 
 
 @pytest.mark.parametrize('packing', PACKINGS)
+@pytest.mark.parametrize('shuffle', [False, True])
+def test_no_row_holds_more_than_fits(packing: Any, shuffle: bool) -> None:
+    dataset = dataset_of(203, packing, shuffle=shuffle)
+    assert max(sum(len(document.ids) for document in dataset[row].documents) for row in range(len(dataset))) <= CAPACITY
+
+
+@pytest.mark.parametrize('packing', PACKINGS)
 @pytest.mark.parametrize('drop_last', [False, True])
 def test_global_batches_do_not_depend_on_the_number_of_ranks(packing: Any, drop_last: bool) -> None:
     def global_batches(ranks: int) -> list[list[int]]:
@@ -202,6 +209,25 @@ def test_without_a_trainer_epochs_follow_each_other() -> None:
     next(iter(loader))
     third = list(loader)
     assert third == list(PackedLoader(_at_epoch(2), collate_fn=examples_in)), 'an epoch that was left early begins again'
+
+
+def test_a_checkpoint_between_epochs_names_the_next_one() -> None:
+    loader = loader_of(dataset_of(203, 'full'))
+    assert loader.dataset.state_dict(0, True)['epoch'] == 0
+    first = list(loader)
+    state = loader.dataset.state_dict(0, True)
+    assert (state['epoch'], state['row']) == (1, 0)
+    resumed = loader_of(dataset_of(203, 'full'))
+    resumed.dataset.load_state_dict(state)
+    assert list(resumed) == list(loader) != first
+
+
+def test_a_position_belongs_to_its_epoch() -> None:
+    """A trainer that is at another epoch than the data were (its time was not loaded) gets that epoch whole."""
+    loader = loader_of(dataset_of(203, 'full'))
+    loader.dataset.load_state_dict({**loader.dataset.state_dict(0, True), 'epoch': 1, 'row': 24})
+    loader.batch_sampler.set_epoch(0)
+    assert sorted(sum(loader, [])) == list(range(203))
 
 
 def _at_epoch(epoch: int) -> PackedDataset:
