@@ -208,9 +208,15 @@ def describe_source(hf_name: str, split: str | None, hf_kwargs: Mapping[str, Any
 
 
 def fingerprint(rows: datasets.Dataset) -> str:
-    """Changes with the rows: the fingerprint that ``datasets`` keeps, and size and time of the files behind them."""
+    """Changes with the rows, and not with the place of the cache of ``datasets``, which may be empty again at the next start.
+
+    The fingerprint that ``datasets`` keeps covers names, times and sizes of files that it read, or the commit on the Hub. Folders written by
+    ``save_to_disk`` carry theirs with them, so there the size and time of the files count too.
+    """
     files = []
     for entry in rows.cache_files:
-        stat = os.stat(entry['filename'])
-        files.append([Path(entry['filename']).name, stat.st_size, stat.st_mtime_ns])
+        path = Path(entry['filename'])
+        if path.with_name('state.json').exists():
+            stat = path.stat()
+            files.append([path.name, stat.st_size, stat.st_mtime_ns])
     return hashlib.sha256(repr([rows._fingerprint, len(rows), files]).encode()).hexdigest()

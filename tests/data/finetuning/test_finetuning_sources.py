@@ -345,6 +345,22 @@ def test_the_fingerprint_follows_the_files(tmp_path):
     assert first != fingerprint(load_rows(str(path), 'train'))
 
 
+def test_the_fingerprint_outlives_the_cache_of_datasets(tmp_path, monkeypatch):
+    path = write_rows(tmp_path / 'train.jsonl')
+    first = fingerprint(load_rows(str(path), 'train'))
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'another_cache')
+    assert fingerprint(load_rows(str(path), 'train')) == first
+
+
+def test_the_fingerprint_follows_a_saved_folder(tmp_path):
+    rows = datasets.Dataset.from_list(ROWS)
+    rows.save_to_disk(tmp_path / 'saved')
+    first = fingerprint(load_rows(str(tmp_path / 'saved'), 'train'))
+    assert first == fingerprint(load_rows(str(tmp_path / 'saved'), 'train'))
+    os.utime(next((tmp_path / 'saved').glob('*.arrow')), ns=(1, 1))
+    assert first != fingerprint(load_rows(str(tmp_path / 'saved'), 'train'))
+
+
 @pytest.mark.parametrize(
     ('hf_name', 'kwargs', 'expected'),
     [
