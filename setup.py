@@ -46,7 +46,7 @@ extras = {
     'wandb': ['wandb>=0.18,<0.19'],
     'tensorboard': ['tensorboard>=2.16,<3'],
     'tiktoken': ['tiktoken>=0.7,<1'],
-    'dev': ['pytest>=8,<10', 'pytest-xdist>=3.5,<4', 'hypothesis>=6.100,<7', 'ruff>=0.6', 'jsonschema>=4.20,<5', 'trl>=1.16,<2'],
+    'dev': ['pytest>=8,<10', 'pytest-xdist>=3.5,<4', 'hypothesis>=6.100,<7', 'ruff>=0.6', 'jsonschema>=4.20,<5', 'trl>=1.14,<2'],
 }
 extras['all'] = sorted({dep for name, deps in extras.items() if name != 'gpu' for dep in deps})
 

@@ -6,7 +6,6 @@ exists. Every step is a short function of ``train_parts``, ``train_setup``, ``sa
 
 from __future__ import annotations
 
-import gc
 import os
 from typing import Any, Mapping, Sequence
 
@@ -84,8 +83,6 @@ def train(cfg: TrainConfig) -> Trainer:
         log_config(trainer.logger, logged_cfg)
     log_dataset_uri(logged_cfg)
     start_checks.check_packing(cfg, trainer, tokenizer)
-    gc.collect()
-    torch.cuda.empty_cache()
     parts.settle_microbatch_size(cfg, trainer)
     if cfg.eval_first and evaluators and trainer.state.timestamp.batch.value == 0:
         trainer.eval()

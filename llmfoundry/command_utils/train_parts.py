@@ -6,6 +6,7 @@ Settings of Composer's Trainer that we do not follow blindly are decided here: b
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
@@ -268,7 +269,9 @@ def write_only_checkpoint(cfg: TrainConfig, trainer: Trainer) -> bool:
 
 
 def settle_microbatch_size(cfg: TrainConfig, trainer: Trainer) -> None:
-    """Sets the microbatch that ``auto`` stands for: the one in the checkpoint that was resumed, else the largest that fits."""
+    """Sets the microbatch that ``auto`` stands for: the one in the checkpoint that was resumed, else the largest that fits. What the start left in memory is given back first."""
+    gc.collect()
+    torch.cuda.empty_cache()
     if cfg.device_train_microbatch_size != 'auto':
         return
     found = next(c for c in trainer.state.callbacks if isinstance(c, MicrobatchMemory))
