@@ -55,6 +55,9 @@ TWO = (Turn(0, 4, 7), Turn(7, 10, 13))
         (row('BabcdeTfghijE', '..........xxx', turns=TWO), MaskSettings()),
         (row('BabcdeTfghijE', 'xxxx......xxx', turns=TWO), MaskSettings(target_prompts='length>=4')),
         (row('BabcdeTfghijE', 'xxxxxxxxxxxxx', turns=TWO), MaskSettings(target_prompts='ALL', target_responses='ALL')),
+        # The label of the first token of a row counts neither way.
+        (row('BabcdeTfghijE', '.xxxxxxxxxxxx', turns=TWO), MaskSettings('all', 'all')),
+        (packed('BabTcdT', 'xxxx.xx', '0000111'), MaskSettings('all', 'all', packed=True)),
         (packed('BabcTBdeTPP', '...xx..xx..', '000001111--'), replace(ALL, packed=True)),
         (row('Babcdef', '...xxxx'), MaskSettings(max_seq_len=7)),
         (row('Babcdef', '...xxxx', truncated=True), MaskSettings()),
