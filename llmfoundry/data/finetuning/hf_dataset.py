@@ -21,7 +21,7 @@ from llmfoundry.data.finetuning.cache_folder import cache_folder
 from llmfoundry.data.finetuning.cache_key import code_fingerprint, function_fingerprint, tokenizer_fingerprint
 from llmfoundry.data.finetuning.examples import mark_row
 from llmfoundry.data.finetuning.preprocessing import PreprocessingFn, apply, function_name, resolve_preprocessing_fn
-from llmfoundry.data.finetuning.sources import describe_source, fingerprint, load_rows
+from llmfoundry.data.finetuning.sources import describe_source, fingerprint, load_rows, place_of_row
 from llmfoundry.data.finetuning.store import EMPTY_PROMPT, EMPTY_RESPONSE, NO_TARGET, EncodedRow, StoreCounts, StorePlan, TokenStore
 from llmfoundry.data.finetuning.store_builder import build_store, default_num_proc
 from llmfoundry.data.finetuning.targets import line_break_ids, stitch_example, truncate, validate_target_settings
@@ -94,7 +94,10 @@ def build_token_store(
         fn = resolve_preprocessing_fn(preprocessing_fn, hf_name)
         rows = load_rows(hf_name, split, hf_kwargs, safe_load)
         source = describe_source(hf_name, split, hf_kwargs)
-        store = _build(rows, source, tokenizer, fn, settings)
+        try:
+            store = _build(rows, source, tokenizer, fn, settings)
+        except (BaseContextualError, DataError) as e:
+            raise _with_file(e, source, hf_name, str(split), hf_kwargs) from e
         _report(store.counts, source, settings)
         return str(store.folder)
 
@@ -190,6 +193,20 @@ def _named(error: Exception, source: str, row: int) -> Exception:
         return DataError(error.message if isinstance(error, DataError) and not error.file else f'{type(error).__name__}: {error}', file=where)
     mark_row(error, row)
     error.message = f'{where}: {error.message}'
+    error.args = (error.message,)
+    return error
+
+
+def _with_file(error: BaseContextualError | DataError, source: str, hf_name: str, split: str, hf_kwargs: Mapping[str, Any] | None) -> Exception:
+    """The error of a row with the file that holds the row, where the source has several files."""
+    found = re.match(re.escape(source) + r', row (\d+)', str(error))
+    place = place_of_row(hf_name, split, hf_kwargs, int(found.group(1))) if found else None
+    if found is None or place is None:
+        return error
+    where = f'{place[0]}, row {place[1]} ({found.group().removeprefix(source + ", ")} of {source})'
+    if isinstance(error, DataError):
+        return DataError(error.message, file=where)
+    error.message = where + error.message[found.end() :]
     error.args = (error.message,)
     return error
 

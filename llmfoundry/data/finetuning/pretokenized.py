@@ -35,7 +35,7 @@ def pretokenized_turns(example: Mapping[str, Any], tokenizer: PreTrainedTokenize
         raise DataError(f'turns must be a list of mappings with input_ids and labels, got {str(turns)[:200]}')
     result = []
     for turn in turns:
-        prompt, response = _ids(turn['input_ids'], 'input_ids', tokenizer), _ids(turn['labels'], 'labels', tokenizer)
+        prompt, response = _without_padding(_ids(turn['input_ids'], 'input_ids', tokenizer), _ids(turn['labels'], 'labels', tokenizer), turn.get('attention_mask'))
         result.append(turn_of_ids(prompt, response if 'turns' in example else without_second_bos(prompt, response, tokenizer.bos_token_id)))
     return result
 
@@ -49,6 +49,16 @@ def without_second_bos(prompt: list[int], response: list[int], bos_token_id: int
     """The response without the BOS that a tokenizer put before it, where the prompt has one already."""
     doubled = bos_token_id is not None and prompt[:1] == [bos_token_id] == response[:1]
     return response[1:] if doubled else response
+
+
+def _without_padding(ids: list[int], labels: list[int], attention_mask: Any) -> tuple[list[int], list[int]]:
+    """Both without the places that the mask hides: rows that were filled up before they were saved hold ids there which are no text."""
+    mask = np.asarray([] if attention_mask is None else attention_mask).reshape(-1) != 0
+    if len(mask) != len(ids) or mask.all():
+        return ids, labels
+    if len(labels) == len(ids):
+        labels = np.asarray(labels)[mask].tolist()
+    return np.asarray(ids)[mask].tolist(), labels
 
 
 def _ids(value: Any, column: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -25,7 +25,7 @@ from llmfoundry.data.finetuning.safe_load import HUGGINGFACE_FOLDER_EXTENSIONS, 
 from llmfoundry.data.remote_files import is_remote
 from llmfoundry.errors import FinetuningFileNotFoundError, InvalidDatasetError, MisconfiguredHfDatasetError, MissingHuggingFaceURLSplitError
 
-__all__ = ['BUILDERS', 'HUGGINGFACE_FOLDER_EXTENSIONS', 'SUPPORTED_EXTENSIONS', 'describe_source', 'fingerprint', 'load_rows']
+__all__ = ['BUILDERS', 'HUGGINGFACE_FOLDER_EXTENSIONS', 'SUPPORTED_EXTENSIONS', 'describe_source', 'fingerprint', 'load_rows', 'place_of_row']
 
 BUILDERS = {'.csv': 'csv', '.json': 'json', '.jsonl': 'json', '.parquet': 'parquet'}
 _BUILDER_NAMES = {*BUILDERS.values(), 'arrow', 'text'}
@@ -205,6 +205,31 @@ def describe_source(hf_name: str, split: str | None, hf_kwargs: Mapping[str, Any
     if isinstance(files, (list, tuple)):
         files = str(files[0]) if len(files) == 1 else f'{files[0]} and {len(files) - 1} more files' if files else None
     return f'{files or kwargs.get("data_dir") or hf_name} [{split}]'
+
+
+def place_of_row(hf_name: str, split: str, hf_kwargs: Mapping[str, Any] | None, row: int) -> tuple[str, int] | None:
+    """The file that holds a row of a source with several files, and the number of the row in it; None if there is one file, or it is not known.
+
+    Counts the rows of the files one after the other, which is for errors only.
+    """
+    if '[' in split or '+' in split:
+        return None
+    name, kwargs = _local(hf_name, split, dict(hf_kwargs or {}))
+    try:
+        files = list((datasets.load_dataset_builder(name, **kwargs).config.data_files or {}).get(_underscores(split), []))
+    except (ValueError, OSError):
+        return None
+    if len(files) < 2:
+        return None
+    for file in files:
+        builder = BUILDERS.get(os.path.splitext(file)[1])
+        if builder is None or not os.path.isfile(file):
+            return None
+        count = len(datasets.load_dataset(builder, data_files=file, split='train'))
+        if row < count:
+            return file, row
+        row -= count
+    return None
 
 
 def fingerprint(rows: datasets.Dataset) -> str:

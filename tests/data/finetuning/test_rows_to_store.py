@@ -22,6 +22,7 @@ from llmfoundry.data.finetuning.store import StorePlan
 from llmfoundry.errors import (
     DataError,
     InvalidDatasetError,
+    InvalidPromptTypeError,
     InvalidResponseTypeError,
     MisconfiguredHfDatasetError,
     MissingHuggingFaceURLSplitError,
@@ -169,6 +170,25 @@ class TestErrorsNameTheRow:
         monkeypatch.setattr(hf_dataset, '_BATCH_ROWS', 4)
         with pytest.raises(UnableToProcessPromptResponseError, match='row 17: '):
             build_token_store(gpt2, train, 'train', preprocessing_fn=self.fails_at(17, KeyError('text')))
+
+    @pytest.mark.parametrize('form', ['folder', 'data_dir', 'list', 'mapping'])
+    def test_the_file_of_several(self, gpt2, tmp_path, form):
+        for name, rows in (('train-1', ROWS[:8]), ('train-2', [*ROWS[8:12], {'prompt': 5, 'response': 'x'}]), ('train-3', ROWS[12:])):
+            datasets.Dataset.from_list([{k: json.dumps(v) for k, v in row.items()} for row in rows]).to_parquet(str(tmp_path / f'{name}.parquet'))
+        files = [str(tmp_path / f'train-{i}.parquet') for i in (1, 2, 3)]
+        hf_name = str(tmp_path) if form == 'folder' else 'parquet'
+        kwargs = {'folder': {}, 'data_dir': {'data_dir': str(tmp_path)}, 'list': {'data_files': files}, 'mapping': {'data_files': {'train': files}}}[form]
+        def prep(row: dict[str, str]) -> dict[str, Any]:
+            return {'prompt': json.loads(row['prompt']), 'response': 'x'}
+
+        with pytest.raises(InvalidPromptTypeError, match=rf'^{tmp_path}/train-2.parquet, row 4 \(row 12 of .* \[train\]\): Expected '):
+            build_token_store(gpt2, hf_name, 'train', hf_kwargs=kwargs, preprocessing_fn=prep)
+
+    def test_the_file_of_several_for_an_error_of_the_ids(self, gpt2, tmp_path):
+        write(tmp_path / 'train-1.jsonl', [{'input_ids': [5, 6], 'labels': [-100, 6]}])
+        write(tmp_path / 'train-2.jsonl', [{'input_ids': [5, 6], 'labels': [-100, 6]}, {'input_ids': [5, 6, 7], 'labels': [6, 7, -100]}])
+        with pytest.raises(DataError, match=rf'^{tmp_path}/train-2.jsonl, row 1 \(row 2 of {tmp_path} \[train\]\): '):
+            build_token_store(gpt2, str(tmp_path), 'train')
 
     def test_no_split(self, gpt2, train):
         with pytest.raises(MissingHuggingFaceURLSplitError):
