@@ -107,6 +107,13 @@ def test_chats_as_json(tmp_path):
     assert columns_of(tmp_path / 'out' / 'train') == {'messages': 'json'}
 
 
+def test_keys_that_arrow_fills_with_nulls_are_not_written(tmp_path):
+    named = {'messages': [{'role': 'user', 'content': 'a', 'name': None}, {'role': 'assistant', 'content': 'b'}]}
+    convert(write_rows(tmp_path / 'in.jsonl', [*CHATS, named]), tmp_path / 'out')
+    plain = {'messages': [{'role': m['role'], 'content': m['content']} for m in named['messages']]}
+    assert read_mds(tmp_path / 'out' / 'train') == [*CHATS, plain]
+
+
 @pytest.mark.parametrize(('rows', 'compression'), [(PAIRS, None), (CHATS, 'zstd:7')], ids=['pairs', 'chats'])
 def test_tokenised(tmp_path, rows, compression, capsys):
     empty = {'prompt': '', 'response': 'x'} if 'prompt' in rows[0] else None

@@ -14,7 +14,7 @@ from typing import Any, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from llmfoundry.data.finetuning.examples import get_example_type, prompt_and_response, validate_chat_example, validate_prompt_response
+from llmfoundry.data.finetuning.examples import get_example_type, messages_of, prompt_and_response, validate_chat_example, validate_prompt_response
 from llmfoundry.data.finetuning.preprocessing import apply, resolve_preprocessing_fn
 from llmfoundry.data.finetuning.tokenization import is_valid_ift_example, tokenize_batch
 from llmfoundry.errors import DataError, UserError
@@ -138,7 +138,7 @@ class RowEncoder:
             raise ValueError(f'a {kind} example, but the first row made a {self._spec.form} example; one data set has one form')
         if kind == 'chat':
             validate_chat_example(example)
-            return (json.dumps(example['messages']),)
+            return (json.dumps(messages_of(example)),)
         validate_prompt_response(example)
         return prompt_and_response(example)
 
