@@ -17,6 +17,7 @@ _NAMES = {
     'MPTForCausalLM': 'llmfoundry.models.mpt.modeling_mpt',
     'MPTModel': 'llmfoundry.models.mpt.modeling_mpt',
     'MPTPreTrainedModel': 'llmfoundry.models.mpt.modeling_mpt',
+    'StreamingFinetuningDataset': 'llmfoundry.data.finetuning.streaming_dataset',
     'StreamingTextDataset': 'llmfoundry.data.text_data',
 }
 _SUBMODULES = (

@@ -16,6 +16,7 @@ _NAMES = {
     'convert_dataset_hf_from_args': 'llmfoundry.command_utils.data_prep.convert_dataset_hf',
     'convert_dataset_json': 'llmfoundry.command_utils.data_prep.convert_dataset_json',
     'convert_dataset_json_from_args': 'llmfoundry.command_utils.data_prep.convert_dataset_json',
+    'convert_finetuning_dataset': 'llmfoundry.command_utils.data_prep.convert_finetuning_dataset',
     'convert_finetuning_dataset_from_args': 'llmfoundry.command_utils.data_prep.convert_finetuning_dataset',
     'convert_text_to_mds': 'llmfoundry.command_utils.data_prep.convert_text_to_mds',
     'convert_text_to_mds_from_args': 'llmfoundry.command_utils.data_prep.convert_text_to_mds',
