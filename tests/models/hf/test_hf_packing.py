@@ -152,8 +152,11 @@ def test_one_document_per_row_costs_nothing(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(packing, 'choose_route', lambda *args: pytest.fail('nothing is packed'))
     model, batch = build(tmp_path, 'llama'), packed_batch(((7,), (20,), (2,)))
     inputs = {key: value for key, value in batch.items() if key != 'sequence_id'}
-    unchanged = separate_documents(model.model, inputs, batch['sequence_id'], {})
-    assert set(unchanged) == set(inputs) and all(unchanged[key] is value for key, value in inputs.items())
+    # Streams with a token at the beginning of documents count from 1.
+    for ids in (batch['sequence_id'], batch['sequence_id'] + 1):
+        unchanged = separate_documents(model.model, inputs, ids, {})
+        assert set(unchanged) == set(inputs) and all(unchanged[key] is value for key, value in inputs.items())
+    monkeypatch.setattr(packing, 'has_packed_rows', lambda ids: pytest.fail('one look is enough'))
     assert total_of(model, batch).item() == total_of(model, inputs).item() and attention_backend(model.model) == 'sdpa'
     assert model.config._attn_implementation == 'sdpa'
 
@@ -169,12 +172,14 @@ def test_has_packed_rows(rows: list[list[int]], packed: bool) -> None:
     assert has_packed_rows(torch.tensor(rows)) is packed
 
 
-def test_ids_at_padding_may_be_anything(tmp_path: Path) -> None:
-    # Loaders of others give ids at padding too; the attention mask says what is padding.
-    model, batch = build(tmp_path, 'gpt2'), packed_batch()
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_ids_at_padding_may_be_anything(backend: str, tmp_path: Path) -> None:
+    # Loaders of others give ids at padding too, and pad on the left; the attention mask says what is padding.
+    model, batch = build(tmp_path, 'gpt2', backend), packed_batch()
     want = total_of(model, batch).item()
-    batch['sequence_id'] = torch.where(batch['sequence_id'] < 0, 0, batch['sequence_id'])
-    assert total_of(model, batch).item() == want
+    left = {key: torch.stack([value[0].roll(4), *value[1:]]) for key, value in batch.items()}
+    left['sequence_id'] = left['sequence_id'].clamp(min=0)
+    assert total_of(model, left).item() == pytest.approx(want, rel=1e-5)
     assert 'attention_mask' not in separate_documents(model.model, {'input_ids': batch['input_ids']}, torch.zeros_like(batch['input_ids']), {})
 
 
