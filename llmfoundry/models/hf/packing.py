@@ -109,7 +109,9 @@ def choose_route(model: nn.Module, device_type: str) -> PackingRoute:
     backend, decoder = attention_backend(model), model.base_model
     uses_masking_utils = _knows(model, 'create_causal_mask')
     if 'flash' in backend:
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(decoder.forward).parameters.values()):
+        # Files older than transformers' table of attention functions accept the lengths, and drop them on the way (DBRX, Qwen2-MoE, Falcon, StableLM, ...).
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(decoder.forward).parameters.values())
+        if not takes_any or not _knows(model, 'ALL_ATTENTION_FUNCTIONS'):
             return PackingRoute('refused', f'{type(decoder).__name__}.forward takes no cu_seq_lens, so flash attention cannot be told where documents end; set attn_implementation: sdpa')
         return PackingRoute('varlen', 'flash attention with the lengths of documents')
     if backend not in ('sdpa', 'eager'):

@@ -105,3 +105,19 @@ def test_a_model_that_cannot_hand_the_lengths_on(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(decoder, 'forward', forward)
     with pytest.raises(PackingNotSupportedError, match='LlamaModel.forward takes no cu_seq_lens.*set attn_implementation: sdpa'):
         model(packed_batch())
+
+
+def test_a_model_that_accepts_the_lengths_and_drops_them(tmp_path: Path) -> None:
+    import transformers
+    from transformers.models.dbrx import modeling_dbrx
+
+    if hasattr(modeling_dbrx, 'ALL_ATTENTION_FUNCTIONS'):
+        pytest.skip('this release of transformers hands the lengths on')
+    config = transformers.DbrxConfig(
+        d_model=16, n_heads=2, n_layers=1, vocab_size=67, attn_config={'kv_n_heads': 1, 'rope_theta': 1e4}, ffn_config={'ffn_hidden_size': 8, 'moe_num_experts': 2, 'moe_top_k': 1},
+    )  # fmt: skip
+    model = transformers.DbrxForCausalLM(config)
+    model.config._attn_implementation = 'flash_attention_2'
+    assert packing.choose_route(model, 'cuda') == ('refused', 'DbrxModel.forward takes no cu_seq_lens, so flash attention cannot be told where documents end; set attn_implementation: sdpa')
+    model.config._attn_implementation = 'sdpa'
+    assert packing.choose_route(model, 'cuda').kind == 'block_mask'
