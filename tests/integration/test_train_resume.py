@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.finetuning_runs import finetuning_config, write_jsonl
 from tests.helpers.train_runs import losses_in, make_data, run_config, start_training, tiny_config, train_losses
 
 STEPS = 40
@@ -29,9 +30,17 @@ def _kill_after(process, folder: Path, step: int) -> None:  # noqa: ANN001
     process.wait()
 
 
-def test_killed_and_resumed_equals_uninterrupted(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize('kind', ['text', 'packed finetuning'])
+def test_killed_and_resumed_equals_uninterrupted(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Dropout, shuffling, Adam, an epoch boundary after step 30, checkpoints every 7 steps; killed once in each epoch."""
     config = tiny_config(data, max_duration=f'{STEPS}ba', device_train_microbatch_size='auto')
+    if kind != 'text':
+        monkeypatch.setenv('LLMFOUNDRY_CACHE', str(tmp_path / 'cache'))
+        rows = write_jsonl(tmp_path / 'train.jsonl', 512)
+        source = {'hf_name': 'json', 'hf_kwargs': {'data_files': str(rows), 'cache_dir': str(tmp_path / 'hf')}, 'split': 'train', 'packing': True}
+        config = finetuning_config(source, max_duration=f'{STEPS}ba', device_train_microbatch_size='auto')
+        config['model']['resid_pdrop'] = 0.1
+        config['train_loader']['drop_last'] = True
     whole = train_losses(run_config(config))
     saving = {**config, 'run_name': 'killed', 'save_folder': str(tmp_path / 'ckpt'), 'save_interval': '7ba', 'save_num_checkpoints_to_keep': 2}
     folder = tmp_path / 'run'

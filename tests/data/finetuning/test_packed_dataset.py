@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmfoundry.data.finetuning.collator import PackedRow
-from llmfoundry.data.finetuning.packed_dataset import GlobalBatchSampler, PackedDataset, PackedLoader, batch_of_rank, epoch_order, num_batches, plan_rows
+from llmfoundry.data.finetuning.packed_dataset import (
+    GlobalBatchSampler,
+    PackedDataset,
+    PackedLoader,
+    batch_of_rank,
+    epoch_order,
+    num_batches,
+    plan_rows,
+)
 
 CAPACITY = 64
 
