@@ -93,7 +93,8 @@ def _lint(name: str, block: Mapping[str, Any], batch_size: int | float, tokenize
             return linted
         log.info('%s: the loader %r is not of this package, so its batches are looked at, not its source', name, block.get('name'))
         return lint_batches(islice(getattr(loader, 'dataloader', loader), _PLUG_IN_BATCHES), tokenizer, name, vocab_size)
-    except EXPLAINED_ERRORS as e:
+    except (*EXPLAINED_ERRORS, ValueError, NotImplementedError, OSError) as e:
+        # One loader's failure must not hide what is wrong with the others.
         return lint_failed_loader(e, dataset, tokenizer, name, rows)
 
 

@@ -121,6 +121,12 @@ def test_a_loader_that_fails_does_not_hide_the_others(folder: Path) -> None:
     assert [bool(x['errors']) for x in loaders] == [True, False, False]
 
 
+def test_a_preprocessing_function_that_does_not_exist(folder: Path) -> None:
+    result = check(folder, 'train_loader.dataset.preprocessing_fn=no_such_module:f', '--json')
+    findings = json.loads(result.stdout)['loaders'][0]['findings']
+    assert result.exit_code == 1 and [f['rule'] for f in findings] == ['loader-fails'] and 'no_such_module' in findings[0]['seen']
+
+
 def test_a_model_with_fewer_embeddings_than_the_tokenizer(folder: Path) -> None:
     result = check(folder, 'model.vocab_size=50000', '--json')
     assert result.exit_code == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from html.parser import HTMLParser
 
@@ -198,3 +199,16 @@ def test_one_error_lists_every_rule_once(chatml: tuple) -> None:
     assert text.count('error no-target') == 1 and '(rows 0, 1, 2, 3, 4, 5, 6, 7 and 12 more)' in text
     assert text.startswith('train_loader: ') and text.count('remedy: ') == 2
     report_of(tokenizer, [chat_row(tokenizer, TALK)]).raise_if_errors()
+
+
+def test_reports_and_errors_travel_between_ranks(chatml: tuple) -> None:
+    """Rank 0 looks, the others get what it found."""
+    tokenizer, _ = chatml
+    row = chat_row(tokenizer, TALK)
+    row.targets[:] = False
+    report = report_of(tokenizer, [row])
+    assert pickle.loads(pickle.dumps(report)) == report
+    with pytest.raises(MaskLintError) as raised:
+        report.raise_if_errors()
+    copied = pickle.loads(pickle.dumps(raised.value))
+    assert (str(copied), copied.rules) == (str(raised.value), raised.value.rules)
