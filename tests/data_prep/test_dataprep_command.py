@@ -269,3 +269,11 @@ def test_the_base_of_an_adapter_and_local_copies(tmp_path: Path, monkeypatch: py
     assert base_of('me/adapter') == 'lmsys/vicuna-7b-v1.5', 'the default of LOCAL_MODELS_DIR is models'
     monkeypatch.setenv('LOCAL_MODELS_DIR', str(tmp_path / 'elsewhere'))
     assert base_of('me/adapter') == 'me/adapter'
+
+
+def test_the_sub_command_of_llmfoundry(source: Path, tmp_path: Path) -> None:
+    (tmp_path / 'config.yaml').write_text(yaml.safe_dump(_config('rows', 'out')))
+    command = [str(Path(sys.executable).parent / 'llmfoundry'), 'data_prep', 'dataprep', 'config.yaml']
+    assert run_command(command, tmp_path).returncode == 0
+    again = run_command(command, tmp_path)
+    assert again.returncode == 1 and 'out is not empty' in again.stderr and 'Traceback' not in again.stderr
