@@ -155,7 +155,9 @@ def _merged_weight(layer: nn.Module, name: str, leaf: str, source: _Source, devi
         difference = (real.get_base_layer()(probe) - before).norm() / before.norm().clamp_min(1e-30)
     if not difference <= LAYER_TOLERANCE:
         raise ParityError(f'{name}: after merging the output of the layer differs by {difference:.1e} of its norm (allowed {LAYER_TOLERANCE:.0e}); the adapter holds NaN, or PEFT merges this kind wrongly')
-    return real.get_base_layer().state_dict()[leaf].detach().cpu()
+    merged = real.get_base_layer().state_dict()[leaf].detach().cpu()
+    real.to_empty(device='meta')  # modules in reference cycles would hold their memory until the collector comes
+    return merged
 
 
 def _probe(layer: nn.Module, device: torch.device | str) -> torch.Tensor:

@@ -41,7 +41,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     'pissa': ('llama', {}, {**QV, 'init_lora_weights': 'pissa'}),
     'ln_tuning': ('llama', {}, {'peft_type': 'LN_TUNING'}),
 }
-WHOLE = {'oft', 'vera', 'pissa', 'ln_tuning'}
+# The last one because version 5 of transformers stores GPT-NeoX under other names than the model's.
+WHOLE = {'oft', 'vera', 'pissa', 'ln_tuning', 'lora_all_linear'}
 
 
 def make_adapter(base: str, folder: Path, config: dict[str, Any], std: float = 0.2) -> torch.Tensor:
