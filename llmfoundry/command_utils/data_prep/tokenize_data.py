@@ -8,6 +8,7 @@ minutes a killed run simply starts again, unlike the converters to MDS.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import tempfile
 import time
@@ -107,25 +108,37 @@ def tokenize_data(
 
 def _write_file(source: FileSource, spec: PairSpec, processes: int, output: Path) -> TokenizeSummary:
     """Writes beside ``output`` and renames when the file is whole."""
-    partial = output.with_name(f'{output.name}.{os.getpid()}.partial')
+    # One name for all runs, so that what a killed run left is written over; the lock goes with its process.
+    partial = output.with_name(f'{output.name}.partial')
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            summary = _tokenize(source, spec, processes, partial)
-        except _EngineDiffers as e:
-            say(f'tiktoken and the tokenizer differ on {e}; starting over with the tokenizers library, which is slower.')
-            summary = _tokenize(source, replace(spec, use_tiktoken=False), processes, partial)
-        if not summary.kept:
-            reason = f'of {summary.rows:,} rows, {_dropped(summary, spec.max_length) or "none is there"}, so nothing was written'
-            raise InvalidDatasetError(source.files[0].path, reason)
-        fsync_path(partial)
-        os.replace(partial, output)
+        with open(partial, 'ab') as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError('another process is writing this file. Wait for it, or choose another place.', file=str(output)) from None
+            try:
+                summary = _tokenize_with_the_right_engine(source, spec, processes, partial)
+                fsync_path(partial)
+                os.replace(partial, output)
+            finally:
+                partial.unlink(missing_ok=True)
         fsync_path(output.parent)
     except OSError as e:
         reason = os.strerror(e.errno) if e.errno else str(e)
         raise DataError(f'cannot write the output: {reason}. Make room or choose another place.', file=str(output)) from e
-    finally:
-        partial.unlink(missing_ok=True)
+    return summary
+
+
+def _tokenize_with_the_right_engine(source: FileSource, spec: PairSpec, processes: int, path: Path) -> TokenizeSummary:
+    try:
+        summary = _tokenize(source, spec, processes, path)
+    except _EngineDiffers as e:
+        say(f'tiktoken and the tokenizer differ on {e}; starting over with the tokenizers library, which is slower.')
+        summary = _tokenize(source, replace(spec, use_tiktoken=False), processes, path)
+    if not summary.kept:
+        reason = f'of {summary.rows:,} rows, {_dropped(summary, spec.max_length) or "none is there"}, so nothing was written'
+        raise InvalidDatasetError(source.files[0].path, reason)
     return summary
 
 
