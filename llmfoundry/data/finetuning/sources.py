@@ -82,6 +82,7 @@ def _open_rows(hf_name: str, split: str | None, hf_kwargs: Mapping[str, Any] | N
 
 def _local(name: str, split: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The same source without URIs, downloads done; a file becomes its builder and ``data_files``."""
+    name = os.path.expanduser(name)
     if kwargs.get('data_files') is not None:
         kwargs['data_files'] = _local_files(kwargs['data_files'])
     if is_remote(str(kwargs.get('data_dir') or '')):

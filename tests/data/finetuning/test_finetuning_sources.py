@@ -66,6 +66,12 @@ def test_files_of_each_kind_in_each_form(tmp_path, extension):
     assert rows_of(builder, 'train', {'data_dir': f'file://{tmp_path}/data'}) == ROWS
 
 
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    write_rows(tmp_path / 'data' / 'train.jsonl')
+    assert rows_of('~/data', 'train') == rows_of('~/data/train.jsonl', 'train') == ROWS
+
+
 def test_slices_and_sums_of_splits(tmp_path):
     write_rows(tmp_path / 'train.jsonl')
     write_rows(tmp_path / 'test.jsonl', OTHER)
