@@ -69,7 +69,7 @@ def sample_loader(loader: Any, dataset_block: Mapping[str, Any], tokenizer: Any,
         vocab_size: rows of the model's embedding, None if unknown.
 
     Returns:
-        None for a loader of another kind, such as a plug-in's.
+        None for a loader of another kind, such as a plug-in's, or with a collator whose batches have no ``input_ids`` and ``labels``.
     """
     loader = getattr(loader, 'dataloader', loader)
     dataset, collate = getattr(loader, 'dataset', None), getattr(loader, 'collate_fn', None)
@@ -83,7 +83,12 @@ def sample_loader(loader: Any, dataset_block: Mapping[str, Any], tokenizer: Any,
         _add_store_rows(sample, dataset, _fresh(collate), block, tokenizer, num_rows)
     else:
         _add_streamed_rows(sample, dataset, _fresh(collate), block, tokenizer, num_rows)
-    return sample
+    return sample if sample.rows else None
+
+
+def _is_known(batch: Any) -> bool:
+    """Whether a batch has the form of ours; collators of plug-ins may make any."""
+    return isinstance(batch, Mapping) and {'input_ids', 'labels'} <= set(batch)
 
 
 def _fresh(collate: Any) -> Any:
@@ -95,9 +100,11 @@ def _fresh(collate: Any) -> Any:
     return fresh
 
 
-def _text(dataset: StreamingTextDataset, collate: Any, block: Mapping[str, Any], num_rows: int, vocab_size: int | None) -> LoaderSample:
+def _text(dataset: StreamingTextDataset, collate: Any, block: Mapping[str, Any], num_rows: int, vocab_size: int | None) -> LoaderSample | None:
     kind = MASKED_TEXT if block.get('mlm_probability') else TEXT
     batch = _fresh(collate)([dataset[i] for i in range(min(num_rows, dataset.num_samples))])
+    if not _is_known(batch):
+        return None
     separators = [block[key] for key in ('eos_token_id', 'bos_token_id') if block.get(key) is not None]
     return LoaderSample(
         MaskSettings(max_seq_len=dataset.max_seq_len, vocab_size=vocab_size, packed=bool(separators)),
@@ -141,6 +148,8 @@ def _add_streamed_rows(sample: LoaderSample, dataset: StreamingFinetuningDataset
         raw = StreamingDataset.get_item(dataset, index)
         examples.append(dataset[index])
         batch = single([examples[-1]])
+        if not _is_known(batch):
+            return
         if block.decoder_only_format:
             row = LintRow.from_batch(str(index), batch, 0)
             real = row.is_real()
@@ -177,8 +186,8 @@ def _add_row(sample: LoaderSample, row: LintRow, example: Mapping[str, Any], tok
     sample.rows.append(replace(row, truncated=row.decoder_only and limit is not None and whole > limit))
 
 
-def _rows_of_batch(batch: Mapping[str, Any]) -> Iterator[LintRow]:
-    for index in range(len(batch['input_ids'])):
+def _rows_of_batch(batch: Any) -> Iterator[LintRow]:
+    for index in range(len(batch['input_ids']) if _is_known(batch) else 0):
         if batch.get('total_tokens') is not None and int(np.asarray(batch['total_tokens'])[index]) == 0:
             # A row without documents that only keeps a rank busy.
             continue

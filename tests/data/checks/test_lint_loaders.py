@@ -314,6 +314,20 @@ def test_loaders_of_plug_ins(tmp_path: Path, smollm2: Any) -> None:
     assert 'terminator-not-trained' in rules(lint_batches(batches, smollm2, 'train_loader'))
 
 
+def test_collators_of_plug_ins_may_make_other_batches(tmp_path: Path, smollm2: Any) -> None:
+    """They are no reason to stop: what is not known cannot be judged."""
+    stored, streamed = block(jsonl(tmp_path / 'rows.jsonl', PAIRS)), block(mds(tmp_path / 'mds', {'prompt': 'str', 'response': 'str'}, PAIRS))
+    for dataset, rows in ((stored, 50), (streamed, None)):
+        spec = built(smollm2, dataset)
+        spec.dataloader.collate_fn = _other_batches
+        item = lint_loader(spec, smollm2, dataset, 'train_loader')
+        assert (item and len(item.rows)) == rows and (item is None or not item.report.findings)
+
+
+def _other_batches(examples: Any) -> dict[str, Any]:
+    return {'pixels': [0 for _ in examples]}
+
+
 def test_a_loader_that_cannot_be_built(tmp_path: Path) -> None:
     """The template rewrites history, so the loader refuses the data; the check still says which rule and where."""
     tokenizer = tokenizer_with('chatml', REWRITES)
