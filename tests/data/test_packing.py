@@ -120,10 +120,18 @@ def test_a_ratio_that_fits_takes_that_many_examples_per_batch() -> None:
     assert [sorted(i for row in range(4 * b, 4 * b + 4) for i in plan.bins.bin(row)) for b in range(4)] == [list(range(16 * b, 16 * b + 16)) for b in range(4)]
 
 
-def test_a_ratio_that_is_too_high_carries_leftovers_and_says_what_fits() -> None:
+def test_a_ratio_that_is_too_high_carries_leftovers_and_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools: list[int] = []
+
+    def noting(lengths: Any, *args: Any) -> Any:
+        pools.append(len(lengths))
+        return choose_bins(lengths, *args)
+
+    monkeypatch.setattr(packing, 'choose_bins', noting)
     lengths = [8] * 400
     plan = pack_in_batches(lengths, CAPACITY, 4, 40.0)
     assert len(plan.bins) == 100 and plan.ratio == 4.0
+    assert max(pools) <= 160 + 16, 'packing all leftovers again for each batch would take quadratic time'
     # Leftovers stay within a batch or so: examples are not put off to the end.
     for row in range(len(plan.bins)):
         assert all(abs(int(example) - 4 * row) <= 400 // 2 for example in plan.bins.bin(row))
