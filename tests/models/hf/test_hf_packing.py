@@ -245,6 +245,9 @@ def test_other_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(tmp_path, 'llama').model
     tuned = peft.get_peft_model(copy.deepcopy(model), peft.PromptTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=2))
     assert 'virtual tokens' in choose_route(tuned, 'cpu').reason
+    model.config.layer_types = ['full_attention', 'linear_attention']
+    assert choose_route(model, 'cpu').reason == 'layers of type linear_attention carry state from one document into the next'
+    del model.config.layer_types
     model.config._attn_implementation = 'flex_attention'
     assert choose_route(model, 'cpu') == PackingRoute('refused', "there is no known way to tell the attention implementation 'flex_attention' where documents end; set attn_implementation: sdpa")
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=67, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
