@@ -25,6 +25,7 @@ __all__ = ['austen_pairs', 'prepare_austen_pairs', 'prepare_chats', 'quickstart_
 
 SMOLLM2_YAML = 'yamls/finetune/smollm2-135m-lora.yaml'
 QUICKSTART_YAML = 'yamls/finetune/quickstart-full.yaml'
+LORA_STEPS = 40  # as the YAML says
 HELD_OUT_EVERY = 10  # each tenth row is held out: 50 of the 500 chats
 MAX_PAIRS = 2000
 THIS = 'llmfoundry.command_utils.finetune_demo'
@@ -32,7 +33,7 @@ THIS = 'llmfoundry.command_utils.finetune_demo'
 
 def smollm2_steps(folder: Path) -> list[Step]:
     """The commands of the LoRA demo, with all results below ``folder``."""
-    python, base, adapter, merged = sys.executable, folder / 'base', folder / 'checkpoints' / 'adapter' / 'latest', folder / 'merged'
+    python, base, adapter, merged = sys.executable, folder / 'base', folder / 'checkpoints' / 'adapter' / f'ba{LORA_STEPS}', folder / 'merged'
     overrides = [f'variables.folder={folder}']
     return [
         Step('Fetch SmolLM2-135M-Instruct and 500 chats (100 MB, once; kept in the cache)', [python, '-m', THIS, 'chats', str(folder)], folder / 'data' / 'val.jsonl'),
