@@ -73,6 +73,13 @@ def check_conversation(messages: Messages, render: Render, row: str = '') -> lis
     for index, message in enumerate(messages):
         if message['role'] != 'assistant':
             continue
+        if message.get('content') is not None and not _text_of(message['content']).strip():
+            return [
+                Finding(
+                    'empty-answer', WARNING, f'message {index}: the assistant says nothing, so the model is trained to end its turn at once',
+                    'Leave such conversations out, or such turns with the question before them.', row=row,
+                )
+            ]
         try:
             prompt, answered = render(messages[:index], True), render(messages[: index + 1], False)
         except RENDER_ERRORS as e:
@@ -97,6 +104,11 @@ def check_conversation(messages: Messages, render: Render, row: str = '') -> lis
                 )
             ]
     return []
+
+
+def _text_of(content: Any) -> str:
+    """Text of a content that may be a list of parts."""
+    return content if isinstance(content, str) else ' '.join(str(part.get('text', part) if isinstance(part, Mapping) else part) for part in content)
 
 
 def _failed(error: Exception, row: str) -> Finding:

@@ -80,6 +80,7 @@ def build_finetuning_dataloader(
     if block.max_leftover_bins_to_keep is not None:
         log.debug('dataset.max_leftover_bins_to_keep: what does not fit into a batch is never dropped here, whatever this is')
     arguments = loader_arguments(num_workers, pin_memory, prefetch_factor, persistent_workers, timeout)
+    _check_preprocessing_fn(block)
     if block.is_streaming:
         loader = _streaming_loader(tokenizer, dataset, block, dataset_batch_size, replication, {'drop_last': drop_last, **arguments})
     else:
@@ -121,6 +122,16 @@ def _unregistered_name(dataset: Mapping[str, Any]) -> list[tuple[str, str]]:
     near = difflib.get_close_matches(str(name), names, 1)
     hint = f' (did you mean {near[0]!r}?)' if near else ''
     return [('name', f'no preprocessing function is registered as {name!r}{hint}. Register one, or if the rows hold prompt and response already, use `hf_name`. Registered: {", ".join(names)}')]
+
+
+def _check_preprocessing_fn(block: FinetuningDataBlock) -> None:
+    """A function that cannot be found is a mistake in the config; only its text is looked up here, nothing is called."""
+    if block.is_streaming:
+        return
+    try:
+        preprocessing.resolve_preprocessing_fn(block.preprocessing_fn, block.hf_name)
+    except ValueError as e:
+        raise ConfigError([ConfigProblem('dataset.preprocessing_fn', str(e))]) from e
 
 
 def build_collate_fn(dataloader_cfg: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, dataset_batch_size: int) -> tuple[Callable[[Sequence[Any]], dict[str, Any]], int]:

@@ -21,6 +21,7 @@ from llmfoundry.data.finetuning.cache_folder import cache_folder
 from llmfoundry.data.finetuning.cache_key import code_fingerprint, function_fingerprint, tokenizer_fingerprint
 from llmfoundry.data.finetuning.examples import mark_row
 from llmfoundry.data.finetuning.preprocessing import PreprocessingFn, apply, function_name, resolve_preprocessing_fn
+from llmfoundry.data.finetuning.pretokenized import labels_of_columns
 from llmfoundry.data.finetuning.sources import describe_source, fingerprint, load_rows, place_of_row
 from llmfoundry.data.finetuning.store import EMPTY_PROMPT, EMPTY_RESPONSE, NO_TARGET, EncodedRow, StoreCounts, StorePlan, TokenStore
 from llmfoundry.data.finetuning.store_builder import build_store, default_num_proc
@@ -162,7 +163,9 @@ def _tokenized(
         raise _not_utf8(rows, source, span) from e
     names = list(columns)
     examples: list[Mapping[str, Any]] = [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    if fn is not None:
+    if fn is None:
+        examples = [labels_of_columns(row) for row in examples]
+    else:
         for offset, row in enumerate(examples):
             try:
                 examples[offset] = apply(fn, row, tokenizer)

@@ -16,12 +16,25 @@ from llmfoundry.tokenizers.build import num_token_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ['is_pretokenized', 'pretokenized_turns', 'turn_of_ids', 'without_second_bos']
+__all__ = ['is_pretokenized', 'labels_of_columns', 'pretokenized_turns', 'turn_of_ids', 'without_second_bos']
 
 
 def is_pretokenized(example: Any) -> bool:
     """Whether an example holds ids: ``input_ids`` and ``labels``, or ``turns`` of these."""
     return isinstance(example, Mapping) and ('turns' in example or {'input_ids', 'labels'} <= set(example))
+
+
+def labels_of_columns(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row of a data set, whose columns ``input_ids`` and ``labels`` stand side by side where they are equal: everything is trained.
+
+    Without a -100 such a row could be taken for a prompt and a response that repeats it, and would be trained twice as long. So the first label, which nothing predicts, becomes -100.
+    """
+    if set(row) & {'turns'} or not {'input_ids', 'labels'} <= set(row):
+        return row
+    ids, labels = np.asarray(row['input_ids']), np.asarray(row['labels'])
+    if ids.ndim != 1 or not len(ids) or not np.array_equal(ids, labels):
+        return row
+    return {**row, 'labels': [IGNORE_INDEX, *labels[1:].tolist()]}
 
 
 def pretokenized_turns(example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:

@@ -180,3 +180,11 @@ def test_labels_that_repeat_the_input() -> None:
 
 def test_content_in_parts() -> None:
     assert roles_of([{'role': 'user', 'content': [{'type': 'text', 'text': 'a'}, {'type': 'image'}]}]) == (('user', 'a'),)
+
+
+@pytest.mark.parametrize('content', ['', '  \n', [{'type': 'text', 'text': ''}]])
+def test_an_assistant_that_says_nothing_is_a_warning(content: object) -> None:
+    """Such a turn trains its terminator alone."""
+    messages = [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': content}]
+    findings = check_conversation(messages, lambda m, generation: 'x' * (1 + len(m)), '3')
+    assert [(f.rule, f.severity, f.row) for f in findings] == [('empty-answer', 'warning', '3')]

@@ -241,11 +241,11 @@ def returns_nothing(row: dict[str, Any]) -> None:
 
 
 HERE = 'tests.data.finetuning.test_bad_inputs'
-IMPORT = 'Failed to import preprocessing function from string = '
+IMPORT = '1 problem in the config:\n  dataset.preprocessing_fn: Failed to import preprocessing function from string = '
 FUNCTIONS: dict[str, tuple[Any, type[Exception], str]] = {
-    'no such module': ('nope:fn', ValueError, f"{IMPORT}nope:fn. ModuleNotFoundError: No module named 'nope'. Folders searched: the installed packages and {{cwd}}"),
-    'no such function': (f'{HERE}:nope', ValueError, f"{IMPORT}{HERE}:nope. AttributeError: module '{HERE}' has no attribute 'nope'. Folders searched: the installed packages and {{cwd}}"),
-    'not a function': ('json:__doc__', ValueError, f"{IMPORT}json:__doc__. '__doc__' is a str, not a function"),
+    'no such module': ('nope:fn', errors.ConfigError, f"{IMPORT}nope:fn. ModuleNotFoundError: No module named 'nope'. Folders searched: the installed packages and {{cwd}}"),
+    'no such function': (f'{HERE}:nope', errors.ConfigError, f"{IMPORT}{HERE}:nope. AttributeError: module '{HERE}' has no attribute 'nope'. Folders searched: the installed packages and {{cwd}}"),
+    'not a function': ('json:__doc__', errors.ConfigError, f"{IMPORT}json:__doc__. '__doc__' is a str, not a function"),
     'raises at row 17': (f'{HERE}:stops_at_17', errors.UnableToProcessPromptResponseError, f"{{row 17}}: Unable to extract prompt/response from {{'prompt': '17', 'response': 'b'}}: {HERE}:stops_at_17 raised RuntimeError: no seventeen"),
     'returns nothing': (f'{HERE}:returns_nothing', errors.InvalidExampleTypeError, "{row 0}: Expected example to be a Mapping, but found <class 'NoneType'>"),
     'preset of another data set': ('tatsu-lab/alpaca', errors.UnableToProcessPromptResponseError, "{row 0}: Unable to extract prompt/response from {'prompt': '0', 'response': 'b'}"),
