@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Iterator, Mapping, Protocol
 
 import numpy as np
 
-from llmfoundry.command_utils.data_prep.journal import Journal, JournaledShards, State
+from llmfoundry.command_utils.data_prep.journal import Journal, JournaledShards, State, journalled
 from llmfoundry.command_utils.data_prep.mds_shards import SIZE_LIMIT_BYTES
 from llmfoundry.command_utils.data_prep.pool import WorkerPool
 from llmfoundry.command_utils.data_prep.progress import Progress, human_time
@@ -119,26 +118,13 @@ def convert(source: Source, plan: ConversionPlan, output: Path, extra_files: Map
         DatasetTooSmallError: the documents do not fill one sample.
         ValueError: arguments that do not fit the tokenizer.
     """
-    journal, existed = Journal(output), output.exists()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
+    with journalled(output) as journal:
         try:
             return _Conversion(source, plan, journal).run(extra_files or {})
         except _EngineDiffers as e:
             say(f'{plan.name}: tiktoken and the tokenizer differ on {e}; starting over with the tokenizers library, which is slower.')
             journal.discard(remove_output=False)
             return _Conversion(source, replace(plan, use_tiktoken=False), journal).run(extra_files or {})
-    except OSError as e:
-        reason = os.strerror(e.errno) if e.errno else str(e)
-        raise DataError(
-            f'cannot write the output: {reason}. Make room or choose another folder, then run the same command again.', file=str(output)
-        ) from e
-    finally:
-        journal.close()
-        state = journal.load()
-        if state is None or not state.documents:
-            # Published, or nothing worth keeping was made; a folder that holds something stays.
-            journal.discard(remove_output=not existed)
 
 
 class _Conversion:

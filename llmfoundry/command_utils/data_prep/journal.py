@@ -9,6 +9,7 @@ file system is atomic.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -20,8 +21,9 @@ import numpy as np
 
 from llmfoundry.command_utils.data_prep.mds_shards import ShardBuilder, fsync_path, index_text, write_atomically
 from llmfoundry.data.token_concat import TOKEN_DTYPE, empty_tokens
+from llmfoundry.errors import DataError
 
-__all__ = ['BAD_ROWS_FILENAME', 'WORK_FOLDER', 'Journal', 'JournaledShards', 'State']
+__all__ = ['BAD_ROWS_FILENAME', 'WORK_FOLDER', 'Journal', 'JournaledShards', 'State', 'journalled']
 
 WORK_FOLDER = '.data_prep'
 BAD_ROWS_FILENAME = 'bad_rows.jsonl'
@@ -248,3 +250,27 @@ def _open_at(path: Path, length: int) -> Any:
     f.truncate(length)
     f.seek(length)
     return f
+
+
+@contextlib.contextmanager
+def journalled(output: Path) -> Iterator[Journal]:
+    """The journal of a conversion into ``output``, which is made if it is absent, and goes again if nothing worth keeping was made.
+
+    Raises:
+        DataError: the output cannot be written.
+    """
+    journal, existed = Journal(output), output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        yield journal
+    except OSError as e:
+        reason = os.strerror(e.errno) if e.errno else str(e)
+        raise DataError(
+            f'cannot write the output: {reason}. Make room or choose another folder, then run the same command again.', file=str(output)
+        ) from e
+    finally:
+        journal.close()
+        state = journal.load()
+        if state is None or not state.documents:
+            # Published, or nothing worth keeping was made; a folder that holds something stays.
+            journal.discard(remove_output=not existed)

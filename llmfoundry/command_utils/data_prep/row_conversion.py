@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence
 
 from llmfoundry.command_utils.data_prep.engine import CHECKPOINT_SECONDS, say
 from llmfoundry.command_utils.data_prep.finetuning_rows import COLUMNS, ENCODER, RowEncoder, RowSpec
-from llmfoundry.command_utils.data_prep.journal import Journal, JournaledShards
+from llmfoundry.command_utils.data_prep.journal import Journal, JournaledShards, journalled
 from llmfoundry.command_utils.data_prep.mds_shards import SIZE_LIMIT_BYTES
 from llmfoundry.command_utils.data_prep.pool import WorkerPool
 from llmfoundry.command_utils.data_prep.progress import Progress, human_time
-from llmfoundry.errors import DataError, InvalidDatasetError
+from llmfoundry.errors import InvalidDatasetError
 
 __all__ = ['RowPlan', 'RowSummary', 'convert_rows']
 
@@ -75,21 +74,8 @@ def convert_rows(rows: Any, plan: RowPlan, output: Path) -> RowSummary:
         DataError: a row that cannot be used, or an output that cannot be written.
         InvalidDatasetError: no row is left.
     """
-    journal, existed = Journal(output), output.exists()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
+    with journalled(output) as journal:
         return _convert(rows, plan, journal)
-    except OSError as e:
-        reason = os.strerror(e.errno) if e.errno else str(e)
-        raise DataError(
-            f'cannot write the output: {reason}. Make room or choose another folder, then run the same command again.', file=str(output)
-        ) from e
-    finally:
-        journal.close()
-        state = journal.load()
-        if state is None or not state.documents:
-            # Published, or nothing worth keeping was made; a folder that holds something stays.
-            journal.discard(remove_output=not existed)
 
 
 def _convert(rows: Any, plan: RowPlan, journal: Journal) -> RowSummary:
