@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Iterator
 
 import pytest
 from transformers import PreTrainedTokenizerBase
@@ -12,8 +13,15 @@ from tests.helpers.mds import numbered_samples, write_token_mds
 
 
 @pytest.fixture(scope='session')
-def gpt2() -> PreTrainedTokenizerBase:
+def shared_gpt2() -> PreTrainedTokenizerBase:
     return build_tokenizer('llmfoundry://gpt2', {})
+
+
+@pytest.fixture
+def gpt2(shared_gpt2: PreTrainedTokenizerBase) -> Iterator[PreTrainedTokenizerBase]:
+    """GPT-2 without a pad token; the finetuning loader gives it one, which is taken away again."""
+    yield shared_gpt2
+    shared_gpt2.pad_token = None
 
 
 @pytest.fixture(scope='session')

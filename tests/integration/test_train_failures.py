@@ -63,8 +63,8 @@ def test_nan_on_one_rank_stops_both(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_batch_without_targets_is_a_data_error(tmp_path: Path) -> None:
-    """A prediction of one token's successor needs two; these samples are all padding but the first."""
-    write_token_mds(tmp_path / 'train', [[50256] * SEQ_LEN] * 32)
+    """A callback of the user takes every target away."""
+    write_token_mds(tmp_path / 'train', [[7] * SEQ_LEN] * 32)
     plugin = tmp_path / 'plugin.py'
     plugin.write_text(
         'from composer.core import Callback\nfrom llmfoundry.registry import callbacks\n\n'

@@ -122,7 +122,9 @@ def _padding(row: LintRow, facts: TokenizerFacts, settings: MaskSettings) -> Ite
         run = _trailing_run(row.ids[start:stop])
         count = int(row.targets[stop - run : stop].sum())
         if last in fillers and min(run, count) >= _FILLER_RUN[row.kind]:
-            yield _finding(row, facts, 'trained-padding', ERROR, stop - 1, f'{count} times {facts.name(last)} at the end of the document are trained; it looks like padding', remedy)
+            # Text may hold empty documents one after the other; an answer never ends like that.
+            severity = ERROR if row.kind == FINETUNING else WARNING
+            yield _finding(row, facts, 'trained-padding', severity, stop - 1, f'{count} times {facts.name(last)} at the end of the document are trained; it looks like padding', remedy)
             return
 
 
@@ -153,6 +155,8 @@ def _double_bos(row: LintRow, facts: TokenizerFacts, settings: MaskSettings) -> 
 def _no_target(row: LintRow, facts: TokenizerFacts, settings: MaskSettings) -> Iterator[Finding]:
     """The label of the first token of a row is never used, so it does not count as a target."""
     for start, stop in row.documents():
+        if row.kind != FINETUNING and stop - start == 1:
+            continue  # where text is cut into rows, a document's last token may be alone in one
         if not row.targets[start + (1 if row.decoder_only else 0) : stop].any():
             cut = settings.max_seq_len is not None and stop - start >= settings.max_seq_len
             seen = f'no token of the {stop - start} is trained' + (f': the prompt fills max_seq_len {settings.max_seq_len}' if cut else '')

@@ -78,7 +78,7 @@ def test_packing_changes_no_token_and_no_target(tokenizer: Any, rows: Path) -> N
 
 
 def test_packed_rows_are_full(tokenizer: Any, rows: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger='llmfoundry'):
         dl = loader(tokenizer, block(rows, packing=True))
     batches = list(dl)
     filled = sum(sum(b['total_tokens']) for b in batches) / sum(b['input_ids'].numel() for b in batches)
@@ -128,7 +128,7 @@ def test_a_registered_name_builds_it_and_the_block_is_not_changed(tokenizer: Any
 def test_the_pad_token_is_filled_in_with_a_line_in_the_log(rows: Path, caplog: pytest.LogCaptureFixture) -> None:
     fresh = build_tokenizer('llmfoundry://gpt2', {})
     assert fresh.pad_token is None
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger='llmfoundry'):
         loader(fresh, block(rows))
     assert fresh.pad_token == '<|endoftext|>' and "rows are filled up with its end token '<|endoftext|>'" in caplog.text
 

@@ -51,7 +51,9 @@ def test_both_kinds_of_functions_give_the_same_tokens(capsys: pytest.CaptureFixt
     assert tokenizer.decode(results[0]['turns'][0]['labels']) == row['output_text']
 
     dataset_constructor.print_registered_tasks()
-    assert capsys.readouterr().out.splitlines() == sorted([*NAMES, 'my-finetuning-task', 'my-formatting-task', 'another-name'])
+    # Other tests of the same process may have registered functions of their own.
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == sorted(printed) and {*NAMES, 'my-finetuning-task', 'my-formatting-task', 'another-name'} <= set(printed)
 
 
 def test_functions_by_name_and_by_columns() -> None:

@@ -103,7 +103,7 @@ def test_registering() -> None:
 
 
 def test_a_data_set_brings_its_function_unless_another_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger='llmfoundry'):
         assert resolve_preprocessing_fn(None, 'math-ai/StackMathQA') is resolve_preprocessing_fn('math-ai/StackMathQA', 'json')
     assert 'Using the one registered for math-ai/StackMathQA' in caplog.text
     assert resolve_preprocessing_fn('tatsu-lab/alpaca', 'math-ai/StackMathQA').__name__ == 'alpaca_preprocessing_function'
