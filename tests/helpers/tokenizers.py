@@ -36,10 +36,12 @@ def neox_tokenizer() -> Any:
 
 def smollm2_tokenizer() -> Any:
     """SmolLM2-135M-Instruct, 49,152 tokens: ChatML template with a default system message, eos = pad = ``<|im_end|>``."""
-    from transformers import GPT2TokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    tokenizer = GPT2TokenizerFast(
+    # transformers 5 replaces the way in which a tokenizer of GPT-2's class splits text by GPT-2's own, which keeps digits together.
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_read('smollm2_tokenizer'), bos_token='<|im_start|>', eos_token='<|im_end|>', unk_token='<|endoftext|>', pad_token='<|im_end|>', model_max_length=8192,
+        clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = SMOLLM2_TEMPLATE
     return tokenizer

@@ -158,4 +158,4 @@ def test_the_table_is_what_the_tokenizers_say() -> None:
             assert tokenizer.decode(trained) == row['response'] + ('' if name == 'smollm2' else tokenizer.eos_token)
             assert trained.count(tokenizer.eos_token_id) == 1
             if name == 'smollm2':
-                assert tokenizer.apply_chat_template(row['messages'], tokenize=True) == row['input_ids']
+                assert tokenizer.apply_chat_template(row['messages'], tokenize=True, return_dict=False) == row['input_ids']
