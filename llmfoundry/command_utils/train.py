@@ -35,12 +35,7 @@ def train(cfg: TrainConfig) -> Trainer:
         ConfigError: (a ValueError) what could only be found out while building, such as a save folder that cannot be written to.
         NaNLossError: the loss is not finite.
     """
-    # The process: plug-ins (code_paths) were imported while the config was loaded, so that it could be checked against what they register.
-    setup.configure_logging(cfg.python_log_level)
-    dist.init_process_group(cfg.dist_timeout)
-    validate_config(cfg)
-    setup.configure_process(cfg.max_split_size_mb, cfg.expandable_segments, cfg.cuda_load_lazy)
-    setup.seed_everything(cfg.seed)
+    start_process(cfg)
     placement = resolve_placement(
         cfg.model.get('init_device'), cfg.fsdp_config, cfg.tp_config, world_size=dist.get_world_size(), rank=dist.get_global_rank(), has_cuda=torch.cuda.is_available(),
     )
@@ -88,6 +83,15 @@ def train(cfg: TrainConfig) -> Trainer:
         trainer.eval()
     parts.fit(trainer)
     return trainer
+
+
+def start_process(cfg: TrainConfig) -> None:
+    """Logging, ranks, settings of the process, seed. Plug-ins (code_paths) were imported while the config was loaded, so that it could be checked against what they register."""
+    setup.configure_logging(cfg.python_log_level)
+    dist.init_process_group(cfg.dist_timeout)
+    validate_config(cfg)
+    setup.configure_process(cfg.max_split_size_mb, cfg.expandable_segments, cfg.cuda_load_lazy)
+    setup.seed_everything(cfg.seed)
 
 
 def validate_config(cfg: TrainConfig | Mapping[str, Any]) -> None:

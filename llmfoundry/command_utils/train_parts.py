@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
-from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
 
 import torch
@@ -19,11 +18,10 @@ from composer.loggers import LoggerDestination
 from composer.profiler import JSONTraceHandler, Profiler, cyclic_schedule
 
 from llmfoundry import builders, dist
-from llmfoundry.callbacks.checkpoint_saver import AtomicCheckpointSaver
 from llmfoundry.callbacks.microbatch_memory import MicrobatchMemory
-from llmfoundry.callbacks.nan_loss import NonFiniteLossStopper
 from llmfoundry.callbacks.rng_restorer import RNGRestorer
 from llmfoundry.command_utils.auto_microbatch import find_microbatch_size
+from llmfoundry.command_utils.own_callbacks import own_callbacks
 from llmfoundry.command_utils.parallelism import Placement
 from llmfoundry.command_utils.save_folder import SaveNames, check_free_space, local_folder, prepare_save_folder, repair_latest
 from llmfoundry.command_utils.train_setup import say
@@ -33,7 +31,6 @@ from llmfoundry.loggers.console import TrainConsoleLogger
 from llmfoundry.models.cpu_autocast import wrap_forward
 from llmfoundry.models.mpt import param_count
 from llmfoundry.tokenizers.build import check_vocab
-from llmfoundry.typed_registry import resolve_target
 
 __all__ = [
     'build_algorithms',
@@ -105,33 +102,9 @@ def build_profiler(block: Mapping[str, Any] | None) -> Profiler | None:
 
 
 def build_callbacks(cfg: TrainConfig, logged_cfg: Mapping[str, Any]) -> list[Callback]:
-    """The ``callbacks`` block, and ours: the stop at a loss that is not finite, for local folders the saver whose writes are whole, and the saver of adapters."""
+    """The ``callbacks`` block, and ours (see ``own_callbacks``)."""
     callbacks = [builders.build_callback(name, kwargs, train_config=logged_cfg) for name, kwargs in (cfg.callbacks or {}).items()]
-    callbacks.append(NonFiniteLossStopper())
-    if cfg.device_train_microbatch_size == 'auto':
-        callbacks.append(MicrobatchMemory(cfg.device_train_batch_size))
-    if local_folder(cfg.save_folder, cfg.run_name) is not None:
-        callbacks.append(_checkpoint_saver(cfg))
-    if cfg.save_folder is not None and (cfg.model.get('peft_config') or cfg.model.get('pretrained_lora_id_or_path')):
-        adapter_saver = resolve_target('llmfoundry.callbacks.adapter_saver:AdapterSaver')  # most runs need none of the export code
-        callbacks.append(adapter_saver(cfg.save_folder, cfg.save_interval, cfg.save_num_checkpoints_to_keep))
-    return callbacks
-
-
-def _checkpoint_saver(cfg: TrainConfig) -> CheckpointSaver:
-    folder = str(cfg.save_folder)
-    return AtomicCheckpointSaver(
-        folder=folder,
-        filename=cfg.save_filename,
-        remote_file_name=str(Path(folder) / cfg.save_filename),
-        latest_filename=cfg.save_latest_filename,
-        latest_remote_file_name=str(Path(folder) / cfg.save_latest_filename),
-        overwrite=cfg.save_overwrite,
-        weights_only=cfg.save_weights_only,
-        ignore_keys=cfg.save_ignore_keys,
-        save_interval=cfg.save_interval,
-        num_checkpoints_to_keep=cfg.save_num_checkpoints_to_keep,
-    )
+    return callbacks + own_callbacks(cfg)
 
 
 def build_algorithms(cfg: TrainConfig) -> list[Any]:

@@ -1,0 +1,46 @@
+"""The callbacks that every run has without naming them: what stops it, saves it, and remembers what a resume needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from composer import Callback
+from composer.callbacks import CheckpointSaver
+
+from llmfoundry.callbacks.checkpoint_saver import AtomicCheckpointSaver
+from llmfoundry.callbacks.microbatch_memory import MicrobatchMemory
+from llmfoundry.callbacks.nan_loss import NonFiniteLossStopper
+from llmfoundry.command_utils.save_folder import local_folder
+from llmfoundry.config.train import TrainConfig
+from llmfoundry.typed_registry import resolve_target
+
+__all__ = ['own_callbacks']
+
+
+def own_callbacks(cfg: TrainConfig) -> list[Callback]:
+    """The stop at a loss that is not finite, for local folders the saver whose writes are whole, and the saver of adapters."""
+    callbacks: list[Callback] = [NonFiniteLossStopper()]
+    if cfg.device_train_microbatch_size == 'auto':
+        callbacks.append(MicrobatchMemory(cfg.device_train_batch_size))
+    if local_folder(cfg.save_folder, cfg.run_name) is not None:
+        callbacks.append(_checkpoint_saver(cfg))
+    if cfg.save_folder is not None and (cfg.model.get('peft_config') or cfg.model.get('pretrained_lora_id_or_path')):
+        adapter_saver = resolve_target('llmfoundry.callbacks.adapter_saver:AdapterSaver')  # most runs need none of the export code
+        callbacks.append(adapter_saver(cfg.save_folder, cfg.save_interval, cfg.save_num_checkpoints_to_keep))
+    return callbacks
+
+
+def _checkpoint_saver(cfg: TrainConfig) -> CheckpointSaver:
+    folder = str(cfg.save_folder)
+    return AtomicCheckpointSaver(
+        folder=folder,
+        filename=cfg.save_filename,
+        remote_file_name=str(Path(folder) / cfg.save_filename),
+        latest_filename=cfg.save_latest_filename,
+        latest_remote_file_name=str(Path(folder) / cfg.save_latest_filename),
+        overwrite=cfg.save_overwrite,
+        weights_only=cfg.save_weights_only,
+        ignore_keys=cfg.save_ignore_keys,
+        save_interval=cfg.save_interval,
+        num_checkpoints_to_keep=cfg.save_num_checkpoints_to_keep,
+    )
