@@ -17,8 +17,11 @@ from llmfoundry.config.mpt_rules import check_mpt_rules
 from llmfoundry.config.report import KeyPath, Report, lookup
 from llmfoundry.config.times import parse_time, time_problem
 from llmfoundry.config.train import TrainConfig
+from llmfoundry.typed_registry import resolve_target
 
 __all__ = ['check_rules', 'is_packed', 'iter_loaders']
+
+_ASKS_FOR_PACKING = 'llmfoundry.data.finetuning.dataset_block:asks_for_packing'  # the loader's own answer, by name, as configs do not import components
 
 Config = Mapping[str, Any]
 _TIME_KEYS = ('max_duration', 'eval_interval', 'console_log_interval', 'save_interval')
@@ -186,7 +189,7 @@ def is_packed(loader: Mapping[str, Any]) -> bool:
     dataset = loader.get('dataset')
     if loader.get('name') != 'finetuning' or not isinstance(dataset, Mapping):
         return False
-    return bool(dataset.get('packing')) or dataset.get('packing_ratio') not in (None, 1, 1.0)
+    return resolve_target(_ASKS_FOR_PACKING)(dataset)
 
 
 def packed_documents_stay_apart(config: Config, report: Report) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Mapping
 
@@ -26,6 +28,8 @@ SHIPPED_SCHEME = 'llmfoundry://'
 _ASSETS = Path(__file__).resolve().parent.parent / 'assets'
 # Hugging Face's own value for "no limit": without it, a tokenizer's published limit would silently cap sequences.
 _NO_LENGTH_LIMIT = int(1e30)
+# Digits, case, punctuation, accents and runs of spaces are what pre-tokenizers differ in. It starts with a space, so that add_prefix_space, which users set, makes no difference.
+_PROBE = " In 1984, it's 12345.67 (naïve)   Été!  2\n\n  def f(x): return x_1"
 
 
 def shipped_tokenizers() -> list[str]:
@@ -127,9 +131,34 @@ def _load_pretrained(name: str, folder_or_hub_name: str, kwargs: dict[str, Any])
     # Left out, transformers would ask on the terminal, and a cluster job would wait for an answer.
     kwargs.setdefault('trust_remote_code', False)
     try:
-        return AutoTokenizer.from_pretrained(folder_or_hub_name, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(folder_or_hub_name, **kwargs)
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise _problem('tokenizer.name', _why_not_loaded(name, folder_or_hub_name, e)) from e
+    _warn_if_not_as_its_file(name, tokenizer, folder_or_hub_name, kwargs)
+    return tokenizer
+
+
+def _warn_if_not_as_its_file(name: str, tokenizer: PreTrainedTokenizerBase, folder_or_hub_name: str, kwargs: Mapping[str, Any]) -> None:
+    """Warns where the loaded tokenizer splits text otherwise than its ``tokenizer.json``.
+
+    transformers 5 replaces the pre-tokenizer of some files by the one of the class that their config names, without a message; the model would be trained on tokens that it has never seen.
+    """
+    import tokenizers as tokenizers_library
+    from transformers.utils import cached_file
+
+    options = {key: kwargs[key] for key in ('token', 'revision', 'cache_dir', 'subfolder') if key in kwargs}
+    with contextlib.suppress(OSError, ValueError):
+        path = cached_file(folder_or_hub_name, 'tokenizer.json', _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, **options)
+        if path is None or not tokenizer.is_fast:
+            return
+        of_file = tokenizers_library.Tokenizer.from_file(path).encode(_PROBE, add_special_tokens=False).ids
+        loaded = tokenizer.backend_tokenizer.encode(_PROBE, add_special_tokens=False).ids
+        if of_file != loaded:
+            warnings.warn(
+                f'tokenizer {name!r}: as transformers {version("transformers")} loaded it ({type(tokenizer).__name__}), it splits text otherwise than its tokenizer.json: {_PROBE!r} becomes {len(loaded)} tokens '
+                f'instead of {len(of_file)}. A model that was trained with the file would meet tokens it does not know. Set "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json, '
+                'or use the transformers version that the model was published with.',
+            )
 
 
 def _why_not_loaded(name: str, folder_or_hub_name: str, error: Exception) -> str:

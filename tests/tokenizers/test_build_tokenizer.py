@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from llmfoundry.errors import ConfigError
 from llmfoundry.registry import save_registry, tokenizers
 from llmfoundry.tokenizers import build_tokenizer, check_vocab, get_date_string
 from llmfoundry.tokenizers.build import shipped_tokenizers
+from tests.helpers.tokenizers import save_tokenizer, smollm2_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 GPT2 = ROOT / 'llmfoundry' / 'assets' / 'gpt2'
@@ -151,3 +153,22 @@ def test_ids_with_gaps_count_up_to_the_highest() -> None:
     check_vocab(Gapped(), 10)
     with pytest.raises(ConfigError, match='9 is smaller than the 10 tokens of the tokenizer'):
         check_vocab(Gapped(), 9)
+
+
+@pytest.mark.parametrize('replaced', [False, True])
+def test_a_tokenizer_that_is_not_what_its_file_says_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool) -> None:
+    """transformers 5 does this to SmolLM2 when its config names GPT-2's class: digits are no longer split."""
+    import transformers
+    from tokenizers import pre_tokenizers
+
+    folder = save_tokenizer(smollm2_tokenizer(), tmp_path / 'smollm2')
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if replaced:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    monkeypatch.setattr(transformers.AutoTokenizer, 'from_pretrained', lambda *_, **__: tokenizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        build_tokenizer(folder)
+    texts = [str(w.message) for w in caught if 'splits text otherwise' in str(w.message)]
+    assert len(texts) == int(replaced)
+    assert not replaced or ('smollm2' in texts[0] and 'PreTrainedTokenizerFast' in texts[0])

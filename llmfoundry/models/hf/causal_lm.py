@@ -92,7 +92,7 @@ class ComposerHFCausalLM(BaseHuggingFaceModel):
         model = load_model(pretrained_model_name_or_path, config, pretrained, init_device, trust_remote_code, use_auth_token, load_in_8bit)
         if not isinstance(config, MPTConfig):  # whose forward computes our loss by itself
             model = add_loss_to_forward(model)
-        if tokenizer is not None:
+        if tokenizer is not None and pretrained_lora_id_or_path is not None:  # the base class would come too late: the adapter may bring embeddings of the grown size
             fit_embeddings(model, tokenizer, allow_embedding_resizing)
         if has_adapter and should_save_peft_only and not pretrained:
             log.warning('should_save_peft_only: true has no effect with pretrained: false, since the random base model is in no other file; checkpoints hold all weights')

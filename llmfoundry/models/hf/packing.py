@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from llmfoundry.errors import PackingNotSupportedError
 from llmfoundry.models.hf.document_attention import IMPLEMENTATION, document_lengths_as_mask, use_document_attention
-from llmfoundry.models.mpt.attention_inputs import positions_within_documents
+from llmfoundry.models.mpt.attention_inputs import positions_within_documents, run_lengths
 
 __all__ = ['PackingRoute', 'attention_backend', 'choose_route', 'has_packed_rows', 'separate_documents']
 
@@ -187,20 +187,12 @@ def _mask_arguments(model: PreTrainedModel, kind: str, ids: torch.Tensor, positi
     """What a route passes in the place of ``attention_mask``; ``ids`` and ``positions`` are (b, s)."""
     if kind == 'block_mask':
         return {'attention_mask': _block_masks(model, ids, positions)}
-    lengths = _document_lengths(ids)
+    lengths = run_lengths(ids)
     if kind == 'documents':
         return {'attention_mask': document_lengths_as_mask(lengths)}
     ends = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # (n + 1,), from 0
     longest = int(lengths.max())
     return {'attention_mask': None, 'cu_seq_lens_q': ends, 'cu_seq_lens_k': ends, 'max_length_q': longest, 'max_length_k': longest}
-
-
-def _document_lengths(ids: torch.Tensor) -> torch.Tensor:
-    """(n,) int64 lengths of the runs of equal ids, one row after the other; padding counts as a document."""
-    is_start = torch.ones_like(ids, dtype=torch.bool)
-    is_start[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    starts = is_start.flatten().nonzero().flatten()
-    return nn.functional.pad(starts, (0, 1), value=ids.numel()).diff()
 
 
 def _block_masks(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:

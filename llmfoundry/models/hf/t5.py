@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
-from llmfoundry.models.composer_base import BaseHuggingFaceModel, fit_embeddings
+from llmfoundry.models.composer_base import BaseHuggingFaceModel
 from llmfoundry.models.hf.fsdp import prepare_hf_model_for_fsdp
 from llmfoundry.models.hf.load import load_config, load_model, resolve_attn_implementation
 from llmfoundry.models.losses import loss_from_logits
@@ -79,8 +79,6 @@ class ComposerHFT5(BaseHuggingFaceModel):
             )
         model = load_model(pretrained_model_name_or_path, config, pretrained, init_device, trust_remote_code, use_auth_token)
         add_loss_to_decoder(model)
-        if tokenizer is not None:
-            fit_embeddings(model, tokenizer, allow_embedding_resizing)
         super().__init__(
             model=model,
             tokenizer=tokenizer,

@@ -88,12 +88,15 @@ def build_mask(
 
 def document_lengths(sequence_id: torch.Tensor) -> list[int] | None:
     """Lengths of the runs of equal ids of all rows one after the other; None if an id returns after another one, so that a document is no run."""
-    starts = _starts(sequence_id)
+    lengths = run_lengths(sequence_id)
     n_documents = sum(row.unique().numel() for row in sequence_id)
-    if int(starts.sum()) != n_documents:
-        return None
-    begins = torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([starts.numel()])])
-    return begins.diff().tolist()
+    return lengths.tolist() if lengths.numel() == n_documents else None
+
+
+def run_lengths(sequence_id: torch.Tensor) -> torch.Tensor:
+    """(n,) int64 lengths of the runs of equal ids, one row after the other; padding counts as a run."""
+    starts = _starts(sequence_id).flatten().nonzero().flatten()
+    return F.pad(starts, (0, 1), value=sequence_id.numel()).diff()
 
 
 def _starts(sequence_id: torch.Tensor) -> torch.Tensor:
