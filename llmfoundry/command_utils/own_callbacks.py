@@ -7,9 +7,12 @@ from pathlib import Path
 from composer import Callback
 from composer.callbacks import CheckpointSaver
 
+from llmfoundry import dist
+from llmfoundry.callbacks.activation_recompute import ActivationRecompute
 from llmfoundry.callbacks.checkpoint_saver import AtomicCheckpointSaver
 from llmfoundry.callbacks.microbatch_memory import MicrobatchMemory
 from llmfoundry.callbacks.nan_loss import NonFiniteLossStopper
+from llmfoundry.command_utils.parallelism import recomputes_unsharded
 from llmfoundry.command_utils.save_folder import local_folder
 from llmfoundry.config.train import TrainConfig
 from llmfoundry.typed_registry import resolve_target
@@ -22,6 +25,8 @@ def own_callbacks(cfg: TrainConfig) -> list[Callback]:
     callbacks: list[Callback] = [NonFiniteLossStopper()]
     if cfg.device_train_microbatch_size == 'auto':
         callbacks.append(MicrobatchMemory(cfg.device_train_batch_size))
+    if recomputes_unsharded(cfg.fsdp_config, dist.get_world_size()):
+        callbacks.append(ActivationRecompute())
     if local_folder(cfg.save_folder, cfg.run_name) is not None:
         callbacks.append(_checkpoint_saver(cfg))
     if cfg.save_folder is not None and (cfg.model.get('peft_config') or cfg.model.get('pretrained_lora_id_or_path')):

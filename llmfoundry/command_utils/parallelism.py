@@ -1,8 +1,7 @@
 """Decides where weights are created and how they are sharded, from ``init_device``, ``fsdp_config`` and ``tp_config``.
 
 One YAML serves a cluster and a laptop: in a single process there is nothing to shard, so ``fsdp_config`` is dropped with a note and ``init_device: meta`` becomes ``cpu``. With
-several processes we build Composer's FSDP2 config; the FSDP1 one needs CUDA, cannot save full state dicts on the CPU and is no longer developed. Keys that only
-FSDP1 knew are accepted and named in a note.
+several processes we build Composer's FSDP2 config (see ``sharding``), the same on gloo and on NCCL; NO_SHARD is DDP.
 """
 
 from __future__ import annotations
@@ -15,28 +14,16 @@ from typing import Any, ContextManager, Mapping
 import torch
 
 from llmfoundry import builders, dist
+from llmfoundry.command_utils.sharding import build_sharding_config, keep_master_weights_dtype, shards_nothing
 from llmfoundry.errors import ConfigError, ConfigProblem
 from llmfoundry.experimental import ExperimentalWarning
 from llmfoundry.models.meta_device import init_empty_weights
 
-__all__ = ['Placement', 'build_parallelism_config', 'fsdp2_settings', 'process_init_device', 'resolve_placement']
+__all__ = ['Placement', 'build_parallelism_config', 'process_init_device', 'recomputes_unsharded', 'resolve_placement']
 
 INIT_DEVICES = ('cpu', 'meta', 'mixed')
-# sharding_strategy of FSDP1 -> whether FSDP2 frees a layer's gathered weights after its forward. NO_SHARD and the hybrid ones have no one-to-one form.
-RESHARD_AFTER_FORWARD = {'FULL_SHARD': True, 'SHARD_GRAD_OP': False, 'HYBRID_SHARD': True, '_HYBRID_SHARD_ZERO2': False}
-FSDP2_KEYS = ('activation_checkpointing', 'activation_cpu_offload', 'state_dict_type', 'load_monolith_rank0_only', 'mixed_precision', 'verbose')
-# FSDP1 keys without a counterpart whose absence changes speed or memory at most; each is named once in a note.
-WITHOUT_COUNTERPART = {
-    'activation_checkpointing_reentrant', 'auto_wrap', 'backward_prefetch', 'backward_prefetch_limit', 'flatten_parameters', 'forward_prefetch', 'forward_prefetch_limit',
-    'ignored_modules', 'keep_low_precision_grads', 'limit_all_gathers', 'min_params', 'process_group', 'sharded_ckpt_prefix_dir', 'sync_module_states',
-    'te_checkpoint_wrapper', 'te_shard_fp8_weight', 'use_orig_params', 'cpu_offload', 'load_planner', 'save_planner', 'data_parallel_shard_degree', 'device_mesh',
-}
-REFUSED = {
-    'cpu_offload': 'sharded weights cannot be kept on the CPU; use activation_cpu_offload, or more ranks',
-    'load_planner': 'Composer takes no planner for FSDP2; remove it',
-    'save_planner': 'Composer takes no planner for FSDP2; remove it',
-    'device_mesh': 'is built from data_parallel_replicate_degree; remove it',
-}
+# What describes a cluster and has no meaning for one process.
+CLUSTER_KEYS = ('sharding_strategy', 'data_parallel_shard_degree', 'data_parallel_replicate_degree')
 
 
 @dataclass(frozen=True)
@@ -55,38 +42,67 @@ class Placement:
 
 def resolve_placement(
     init_device: str | None, fsdp_config: Mapping[str, Any] | None, tp_config: Mapping[str, Any] | None, *, world_size: int, rank: int, has_cuda: bool,
+    master_weights_dtype: str | None = None,
 ) -> Placement:
     """Applies the single-process fallback and the rules of ``init_device``. Pure: nothing is read from the environment.
 
     Raises:
-        ConfigError: an unknown ``init_device``, or ``mixed`` without anything that shards.
+        ConfigError: an unknown ``init_device``, ``mixed`` without anything that shards, or sharded checkpoints without it.
     """
     if init_device is not None and init_device not in INIT_DEVICES:
         raise ConfigError([ConfigProblem('model.init_device', f'{init_device!r} is not one of {", ".join(INIT_DEVICES)}')])
-    notes: list[str] = []
-    fsdp = dict(fsdp_config) if fsdp_config is not None else None
-    tp = dict(tp_config) if tp_config is not None else None
-    if world_size == 1:
-        dropped = [name for name, value in (('fsdp_config', fsdp), ('tp_config', tp)) if value is not None]
-        if dropped:
-            notes.append(f'{" and ".join(dropped)}: not used in a run of one process')
-        single = bool(dropped)
-        fsdp = tp = None
-        if init_device in ('meta', 'mixed') and (single or init_device == 'meta'):
-            notes.append(f'model.init_device: {init_device} -> cpu, since the weights are not sharded')
-            init_device = 'cpu'
-    elif fsdp is None and init_device == 'meta':
-        notes.append('model.init_device: meta -> cpu, since there is no fsdp_config')
-        init_device = 'cpu'
-    if init_device == 'mixed':
-        if fsdp is None:
+    fsdp, tp, notes = _what_applies(fsdp_config, tp_config, world_size)
+    if fsdp is not None:
+        fsdp = keep_master_weights_dtype(fsdp, master_weights_dtype)
+    if init_device in ('meta', 'mixed') and fsdp is None:
+        if init_device == 'mixed' and fsdp_config is None:
             raise ConfigError([ConfigProblem('model.init_device', 'mixed sends the weights of rank 0 to the shards of the others, so it needs an fsdp_config. Add one or use cpu.')])
-        fsdp.setdefault('load_monolith_rank0_only', True)
+        notes.append(f'model.init_device: {init_device} -> cpu, since the weights are not sharded')
+        init_device = 'cpu'
+    elif init_device == 'mixed':
+        fsdp = {'load_monolith_rank0_only': True, **(fsdp or {})}
         init_device = 'cpu' if rank == 0 else 'meta'
     elif init_device == 'meta' and not has_cuda:
         notes.append('model.init_device: meta -> cpu, since Composer creates sharded weights from the meta device on CUDA only; every rank builds the same weights from the seed')
         init_device = 'cpu'
     return Placement(init_device, fsdp, tp, tuple(notes))
+
+
+def _what_applies(
+    fsdp_config: Mapping[str, Any] | None, tp_config: Mapping[str, Any] | None, world_size: int,
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None, list[str]]:
+    """The two blocks as far as they apply to a run of ``world_size`` processes, and notes.
+
+    Raises:
+        ConfigError: NO_SHARD with sharded checkpoints.
+    """
+    notes = []
+    fsdp = dict(fsdp_config) if fsdp_config is not None else None
+    tp = dict(tp_config) if tp_config is not None else None
+    sharded_files = fsdp is not None and fsdp.get('state_dict_type') == 'sharded'
+    if world_size == 1:
+        if sharded_files:
+            # So that one process continues what several have saved, and the other way round.
+            fsdp = {k: v for k, v in fsdp_config.items() if k not in CLUSTER_KEYS}
+            notes.append('fsdp_config: one process shards nothing; its checkpoints are of the sharded kind (state_dict_type)')
+        dropped = [name for name, value in (('fsdp_config', fsdp), ('tp_config', tp)) if value is not None and not (sharded_files and name == 'fsdp_config')]
+        if dropped:
+            kept = ', but for activation_checkpointing' if 'fsdp_config' in dropped and fsdp.get('activation_checkpointing') else ''
+            notes.append(f'{" and ".join(dropped)}: not used in a run of one process{kept}')
+        return (fsdp if sharded_files else None), None, notes
+    if fsdp is not None and shards_nothing(fsdp):
+        if sharded_files:
+            raise ConfigError([ConfigProblem('fsdp_config.state_dict_type', "'sharded' needs weights that are sharded, and sharding_strategy is NO_SHARD; use full")])
+        notes.append('fsdp_config.sharding_strategy: NO_SHARD keeps whole weights on every rank, which is data parallel (DDP); of the other keys activation_checkpointing applies')
+        fsdp = None
+    return fsdp, tp, notes
+
+
+def recomputes_unsharded(fsdp_config: Mapping[str, Any] | None, world_size: int) -> bool:
+    """Whether activation checkpointing is asked for in a run without sharding, where Composer would not apply it."""
+    if not fsdp_config or not fsdp_config.get('activation_checkpointing'):
+        return False
+    return _what_applies(fsdp_config, None, world_size)[0] is None
 
 
 def process_init_device(model_cfg: dict[str, Any], fsdp_config: dict[str, Any] | None = None) -> ContextManager:
@@ -105,74 +121,21 @@ def process_init_device(model_cfg: dict[str, Any], fsdp_config: dict[str, Any] |
     return placement.init_context()
 
 
-def fsdp2_settings(fsdp_config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Keyword arguments of Composer's FSDP2Config from a block of FSDP1 or FSDP2 keys, and notes.
-
-    Raises:
-        ConfigError: keys that change what is computed or kept and have no counterpart, all in one report.
-    """
-    problems, notes = [], []
-    settings: dict[str, Any] = {'state_dict_type': 'full'}
-    strategy = str(fsdp_config.get('sharding_strategy', 'FULL_SHARD')).upper()
-    if 'reshard_after_forward' in fsdp_config:
-        settings['reshard_after_forward'] = fsdp_config['reshard_after_forward']
-    elif strategy in RESHARD_AFTER_FORWARD:
-        settings['reshard_after_forward'] = RESHARD_AFTER_FORWARD[strategy]
-    else:
-        rule = 'for NO_SHARD remove fsdp_config (that is DDP)' if strategy == 'NO_SHARD' else f'use one of {", ".join(RESHARD_AFTER_FORWARD)}'
-        problems.append(ConfigProblem('fsdp_config.sharding_strategy', f'{strategy!r} is not available: {rule}'))
-    for key, value in fsdp_config.items():
-        if key in FSDP2_KEYS:
-            settings[key] = value
-        elif key in REFUSED and value:
-            problems.append(ConfigProblem(f'fsdp_config.{key}', f'{value!r}: {REFUSED[key]}'))
-    mixed = settings.get('mixed_precision')
-    if isinstance(mixed, str):
-        settings['mixed_precision'] = mixed.upper()
-    if problems:
-        raise ConfigError(problems)
-    unused = sorted(set(fsdp_config) & WITHOUT_COUNTERPART - set(REFUSED))
-    if unused:
-        notes.append(f'fsdp_config: FSDP2 has no counterpart of {", ".join(unused)}; ignored')
-    return settings, notes
-
-
 def build_parallelism_config(placement: Placement, model: Any) -> tuple[dict[str, Any] | None, list[str]]:
     """Composer's ``parallelism_config`` for a built model, or None for DDP and single processes, and notes.
 
     Raises:
         ConfigError: settings that FSDP2 or tensor parallelism does not have.
     """
-    from composer.utils.parallelism import FSDP2Config
-
     config: dict[str, Any] = {}
     notes: list[str] = []
     if placement.fsdp_config is not None:
-        settings, notes = fsdp2_settings(placement.fsdp_config)
-        replicas = placement.fsdp_config.get('data_parallel_replicate_degree')
-        if replicas not in (None, 1) or str(placement.fsdp_config.get('sharding_strategy', '')).upper().lstrip('_').startswith('HYBRID'):
-            settings['device_mesh'] = _hybrid_mesh(replicas)
-        with warnings.catch_warnings():
-            # "FSDP2 Config/APIs are experimental": known, and nothing that a user could act on.
-            warnings.simplefilter('ignore', UserWarning)
-            config['fsdp'] = FSDP2Config(**settings)
+        config['fsdp'], notes = build_sharding_config(
+            placement.fsdp_config, data_ranks=dist.get_world_size(), local_world_size=dist.get_local_world_size(), has_cuda=torch.cuda.is_available(),
+        )
     if placement.tp_config is not None:
         config['tp'] = _tensor_parallel(placement.tp_config, model)
     return config or None, notes
-
-
-def _hybrid_mesh(replicas: int | None) -> Any:
-    """A (replicate, shard) mesh: one replica per node unless ``data_parallel_replicate_degree`` says otherwise."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    world_size = dist.get_world_size()
-    replicas = replicas or max(world_size // dist.get_local_world_size(), 1)
-    if world_size % replicas:
-        raise ConfigError([ConfigProblem('fsdp_config.data_parallel_replicate_degree', f'{replicas} does not divide the {world_size} ranks')])
-    import torch
-
-    device_type = 'cuda' if torch.cuda.is_available() else 'cpu'
-    return init_device_mesh(device_type, (replicas, world_size // replicas), mesh_dim_names=('dp_replicate', 'dp_shard'))
 
 
 def _tensor_parallel(tp_config: Mapping[str, Any], model: Any) -> dict[str, Any]:

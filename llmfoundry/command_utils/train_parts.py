@@ -72,7 +72,7 @@ def prepare_saving(cfg: TrainConfig) -> list[str]:
 
 
 def _save_names(cfg: TrainConfig) -> SaveNames:
-    sharded = (cfg.fsdp_config or {}).get('state_dict_type') == 'sharded' and dist.get_world_size() > 1
+    sharded = (cfg.fsdp_config or {}).get('state_dict_type') == 'sharded'
     return SaveNames(cfg.save_filename, cfg.save_latest_filename, sharded)
 
 
