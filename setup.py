@@ -46,7 +46,10 @@ extras = {
     'wandb': ['wandb>=0.18,<0.19'],
     'tensorboard': ['tensorboard>=2.16,<3'],
     'tiktoken': ['tiktoken>=0.7,<1'],
-    'dev': ['pytest>=8,<10', 'pytest-xdist>=3.5,<4', 'hypothesis>=6.100,<7', 'ruff>=0.6', 'jsonschema>=4.20,<5', 'trl>=1.14,<2'],
+    # moto's own extra 'server' brings 20 packages more than its S3 needs; s3fs would move boto3.
+    'dev': [
+        'pytest>=8,<10', 'pytest-xdist>=3.5,<4', 'hypothesis>=6.100,<7', 'ruff>=0.6', 'jsonschema>=4.20,<5', 'trl>=1.14,<2', 'moto[s3]>=5,<6', 'flask>=3,<4', 'flask-cors>=5',
+    ],
 }
 extras['all'] = sorted({dep for name, deps in extras.items() if name != 'gpu' for dep in deps})
 

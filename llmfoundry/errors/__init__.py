@@ -51,6 +51,7 @@ from llmfoundry.errors.examples import (
     NotEnoughChatDataError,
     UnknownExampleTypeError,
 )
+from llmfoundry.errors.launching import LaunchError, PreflightError
 from llmfoundry.errors.services import (
     ClusterDoesNotExistError,
     ClusterInvalidAccessMode,
@@ -60,6 +61,7 @@ from llmfoundry.errors.services import (
     FaultyDataPrepCluster,
     InsufficientPermissionsError,
     MalformedUCTableError,
+    RemoteStoreError,
     StoragePermissionError,
     TableDownloadError,
     UCNotEnabledError,
@@ -113,6 +115,7 @@ __all__ = [
     'InvalidPromptTypeError',
     'InvalidResponseTypeError',
     'InvalidRoleError',
+    'LaunchError',
     'LossSpikeError',
     'MalformedUCTableError',
     'MaskLintError',
@@ -126,7 +129,9 @@ __all__ = [
     'OutputFolderNotEmptyError',
     'PackingNotSupportedError',
     'PackingSelfTestError',
+    'PreflightError',
     'ParityError',
+    'RemoteStoreError',
     'RunTimeoutError',
     'StoragePermissionError',
     'TRAIN_DATALOADER',

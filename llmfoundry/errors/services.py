@@ -47,3 +47,7 @@ class StoragePermissionError(UserError):
 
 class InsufficientPermissionsError(UserError):
     """The user lacks a permission."""
+
+
+class RemoteStoreError(NetworkError):
+    """An object store that cannot be reached, refuses access, or has no such bucket; the message names address and setting."""
