@@ -7,11 +7,16 @@ communicates imports torch (or Composer, for its device detection) when it is ca
 from __future__ import annotations
 
 import contextlib
+import datetime
 import itertools
 import os
 import pickle
+import socket
 import time
 from typing import Any, Callable, Iterator, TypeVar
+
+from llmfoundry import gloo_average
+from llmfoundry.errors import PreflightError
 
 T = TypeVar('T')
 _calls = itertools.count()
@@ -42,8 +47,17 @@ def get_local_world_size() -> int:
 
 
 def get_node_rank() -> int:
-    """Index of this node, 0-based."""
-    return _env_int('NODE_RANK', 0)
+    """Index of this node, 0-based; torchrun calls it GROUP_RANK."""
+    return _env_int('NODE_RANK', _env_int('GROUP_RANK', 0))
+
+
+def complete_environment() -> None:
+    """Sets the variables that Composer reads and that a launcher other than Composer's leaves out, from those that it does set.
+
+    torchrun numbers nodes as GROUP_RANK; Composer asks for NODE_RANK and refuses to guess it once a process group exists.
+    """
+    if not os.environ.get('NODE_RANK') and os.environ.get('GROUP_RANK'):
+        os.environ['NODE_RANK'] = os.environ['GROUP_RANK']
 
 
 def is_initialized() -> bool:
@@ -53,18 +67,98 @@ def is_initialized() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-def init_process_group(timeout_s: float) -> None:
+def init_process_group(timeout_s: float, preflight: Callable[[Any], None] | None = None) -> None:
     """Starts the process group (NCCL on GPUs, gloo on the CPU) unless one exists, and waits for every rank.
 
     Args:
         timeout_s: seconds after which a collective that a rank never joins becomes an error instead of a hang.
+        preflight: called with the key-value store of the run (None in a run of one process) before any collective, which would hang where ranks disagree.
     """
     from composer.utils import dist as composer_dist
     from composer.utils import get_device
 
-    composer_dist.initialize_dist(get_device(None), timeout=timeout_s)
+    complete_environment()
+    store = open_store(timeout_s) if get_world_size() > 1 else None
+    choose_gloo_interface()
+    if preflight is not None:
+        preflight(store)
+    device = get_device(None)
+    if store is not None and not is_initialized() and device.dist_backend in ('gloo', 'nccl'):
+        from torch import distributed
+
+        distributed.init_process_group(
+            device.dist_backend, store=distributed.PrefixStore('default_pg', store), rank=get_global_rank(), world_size=get_world_size(),
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+    composer_dist.initialize_dist(device, timeout=timeout_s)
     barrier()
     fix_gloo_average()
+
+
+def open_store(timeout_s: float) -> Any:
+    """The key-value store of the run: that of the process group if there is one, else a new one at MASTER_ADDR:MASTER_PORT, served by rank 0 (or by torchrun's agent).
+
+    Unlike torch's own start it does not wait for the other ranks, so that whoever holds it can tell which of them never came.
+
+    Raises:
+        PreflightError: variables are missing, the port is taken, or rank 0 does not answer within ``timeout_s``.
+    """
+    from torch import distributed
+
+    if is_initialized():
+        return distributed.distributed_c10d._get_default_store()
+    missing = [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
+    if missing:
+        raise PreflightError(
+            f'WORLD_SIZE={get_world_size()} says that this process is one of several, but {", ".join(missing)} is not set. Start it with `composer` or `torchrun`, '
+            'which set them, or unset WORLD_SIZE for a run of one process.',
+        )
+    host, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+    serves = get_global_rank() == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
+    try:
+        return distributed.TCPStore(
+            host, port, get_world_size(), is_master=serves, timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False, multi_tenant=True,
+        )
+    except RuntimeError as e:  # torch's DistNetworkError and DistStoreError, both of which derive from it
+        if 'EADDRINUSE' in str(e):
+            raise PreflightError(f'MASTER_PORT={port} of this machine is taken by another process, so rank 0 cannot serve the run there. Choose another port, the same on every node, and give only one node the rank 0.') from e
+        raise PreflightError(
+            f'rank {get_global_rank()} on {socket.gethostname()} got no answer from rank 0 at MASTER_ADDR={host}, MASTER_PORT={port} within {timeout_s:g} s. Is node 0 started, is that address '
+            f'one of node 0 that this machine can reach (0.0.0.0 and 127.0.0.1 mean the machine itself), and does a firewall let port {port} through? ({str(e).splitlines()[0]})',
+        ) from e
+
+
+def address_towards_master() -> str | None:
+    """The address of this machine from which packets to MASTER_ADDR leave, or None if nothing leads there."""
+    host, port = os.environ.get('MASTER_ADDR'), _env_int('MASTER_PORT', 1)
+    if not host:
+        return None
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # of a datagram socket: sends nothing, but chooses the route
+            return probe.getsockname()[0]
+    except OSError:
+        return None
+
+
+def choose_gloo_interface() -> str | None:
+    """Lets gloo use the interface that leads to MASTER_ADDR, where there are several nodes and GLOO_SOCKET_IFNAME is not set; returns its name.
+
+    gloo's own choice is the address that the hostname resolves to, which many machines know as 127.0.0.1 or not at all: the other nodes are then told to connect to themselves.
+    """
+    if os.environ.get('GLOO_SOCKET_IFNAME') or get_local_world_size() >= get_world_size():
+        return None
+    import psutil
+
+    address = address_towards_master()
+    if address is None or address.startswith('127.') or address == '::1':
+        return None  # two "nodes" on one machine, or node 0 that knows itself by its loopback address: gloo's choice is as good
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.partition('%')[0] == address for entry in addresses):
+            os.environ['GLOO_SOCKET_IFNAME'] = name
+            return name
+    return None
 
 
 def barrier() -> None:
@@ -177,47 +271,5 @@ def local_rank_zero_first() -> Iterator[None]:
 
 
 def fix_gloo_average() -> bool:
-    """Makes ``reduce_scatter_tensor(op=AVG)`` average on gloo; returns whether a fix was needed.
-
-    torch 2.7.0's gloo returns the sum and says nothing, so gradients of a sharded model on CPU ranks come out ``world_size`` times too
-    large. A two-element probe decides, because the version alone does not. Every rank must call this.
-    """
-    if not is_initialized() or get_world_size() == 1:
-        return False
-    import torch
-    from torch import distributed
-
-    if distributed.get_backend() != 'gloo' or getattr(distributed.reduce_scatter_tensor, '_averages', False):
-        return False
-    world_size = get_world_size()
-    output = torch.zeros(1)
-    try:
-        distributed.reduce_scatter_tensor(output, torch.ones(world_size), op=distributed.ReduceOp.AVG)
-        if output.item() == 1.0:
-            return False
-    except (RuntimeError, ValueError):
-        pass  # AVG refused: the replacement serves that case too
-
-    original = distributed.reduce_scatter_tensor
-
-    def reduce_scatter_tensor(output: Any, input: Any, op: Any = distributed.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:  # noqa: A002
-        if op != distributed.ReduceOp.AVG or distributed.get_backend(group) != 'gloo':
-            return original(output, input, op=op, group=group, async_op=async_op)
-        original(output, input, op=distributed.ReduceOp.SUM, group=group)
-        output.div_(distributed.get_world_size(group))
-        return _DoneWork() if async_op else None
-
-    reduce_scatter_tensor._averages = True  # type: ignore[attr-defined]
-    distributed.reduce_scatter_tensor = reduce_scatter_tensor
-    distributed.distributed_c10d.reduce_scatter_tensor = reduce_scatter_tensor
-    return True
-
-
-class _DoneWork:
-    """What an asynchronous collective returns when it has been run synchronously."""
-
-    def wait(self) -> bool:
-        return True
-
-    def is_completed(self) -> bool:
-        return True
+    """Makes gloo average where torch's does not (see ``gloo_average``); returns whether a fix was needed. Every rank must call this."""
+    return is_initialized() and get_world_size() > 1 and gloo_average.fix_gloo_average()

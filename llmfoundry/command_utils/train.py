@@ -15,7 +15,7 @@ from composer import Trainer
 from composer.loggers import Logger
 
 from llmfoundry import builders, dist
-from llmfoundry.command_utils import start_checks
+from llmfoundry.command_utils import preflight, start_checks
 from llmfoundry.command_utils import train_parts as parts
 from llmfoundry.command_utils import train_setup as setup
 from llmfoundry.command_utils.parallelism import build_parallelism_config, resolve_placement
@@ -89,7 +89,7 @@ def train(cfg: TrainConfig) -> Trainer:
 def start_process(cfg: TrainConfig) -> None:
     """Logging, ranks, settings of the process, seed. Plug-ins (code_paths) were imported while the config was loaded, so that it could be checked against what they register."""
     setup.configure_logging(cfg.python_log_level)
-    dist.init_process_group(cfg.dist_timeout)
+    dist.init_process_group(cfg.dist_timeout, lambda store: preflight.check(cfg, store))
     validate_config(cfg)
     setup.configure_process(cfg.max_split_size_mb, cfg.expandable_segments, cfg.cuda_load_lazy)
     setup.seed_everything(cfg.seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Sequence
 
+from llmfoundry import dist
 from llmfoundry.command_utils.error_report import run_or_exit
 from llmfoundry.config.load import load_train_config
 from llmfoundry.typed_registry import resolve_target
@@ -29,5 +30,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ('-h', '--help'):
         print(USAGE, file=sys.stderr if not arguments else sys.stdout)
         sys.exit(0 if arguments else USAGE_EXIT_CODE)
+    dist.complete_environment()
     cfg = run_or_exit(lambda: load_train_config(arguments[0], arguments[1:]))
     run_or_exit(lambda: resolve_target(TRAIN)(cfg))
