@@ -14,37 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any, Iterable
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import metadata
 
-from llmfoundry.checkpoint.safe_load import check_extra_classes, enum_member, refused_class, safe_classes
+from llmfoundry.checkpoint.metadata_file import METADATA_FILE, read_metadata
+from llmfoundry.checkpoint.safe_load import check_extra_classes, refused_class, safe_classes
 from llmfoundry.errors import CheckpointError, UnsafeCheckpointError
 
 __all__ = ['METADATA_FILE', 'ShardedCheckpoint']
-
-METADATA_FILE = '.metadata'
-
-_ALLOWED_MODULES = {'torch.distributed.checkpoint.metadata': metadata, 'torch.distributed.checkpoint.filesystem': filesystem}
-_ALLOWED_NAMES = {
-    'Metadata', 'MetadataIndex', 'StorageMeta', 'TensorStorageMetadata', 'BytesStorageMetadata', 'ChunkStorageMetadata', 'TensorProperties', '_MEM_FORMAT_ENCODING',
-    '_StorageInfo', '_StoragePrefix',
-}
-_ALLOWED_OTHERS = {
-    ('torch', 'Size'), ('torch', 'device'), ('torch.serialization', '_get_layout'), ('collections', 'OrderedDict'), ('builtins', 'set'),
-    ('pathlib', 'PosixPath'), ('pathlib', 'PurePosixPath'), ('pathlib._local', 'PosixPath'),
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles the classes of a metadata file and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ('builtins', 'getattr'):
-            return enum_member
-        ours = module in _ALLOWED_MODULES and name in _ALLOWED_NAMES
-        dtype = module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype)
-        if ours or dtype or (module, name) in _ALLOWED_OTHERS:
-            return super().find_class(module, name)
-        raise UnsafeCheckpointError(f'the metadata holds an object of {module}.{name}, which no sharded checkpoint needs; the folder is refused, since reading it would run that code')
 
 
 @dataclass
@@ -61,18 +37,7 @@ class ShardedCheckpoint:
     _where: dict[tuple[str, tuple[int, ...] | None], Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        path = os.path.join(self.folder, METADATA_FILE)
-        if not os.path.isfile(path):
-            raise CheckpointError(f'{self.folder!r} is not a sharded checkpoint: it has no {METADATA_FILE} file. The run that wrote it was probably killed while saving; use an earlier checkpoint.')
-        try:
-            with open(path, 'rb') as f:
-                self.metadata = _MetadataUnpickler(f).load()
-        except UnsafeCheckpointError as e:
-            raise UnsafeCheckpointError(f'{path!r}: {e}') from e
-        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError, KeyError) as e:
-            raise CheckpointError(f'{path!r} ({os.path.getsize(path):,} bytes) is truncated or damaged. Cause: {type(e).__name__}: {e}') from e
-        if not isinstance(self.metadata, metadata.Metadata):
-            raise CheckpointError(f'{path!r} holds a {type(self.metadata).__name__}, not the metadata of a sharded checkpoint')
+        self.metadata = read_metadata(self.folder)
         self._where = {(index.fqn, None if index.offset is None else tuple(index.offset)): info for index, info in self.metadata.storage_data.items()}
         self._check_files()
 

@@ -12,15 +12,15 @@ import os
 import re
 import shutil
 import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmfoundry import dist
 from llmfoundry.callbacks.checkpoint_saver import INCOMPLETE_PREFIX
+from llmfoundry.checkpoint.integrity import damage
 from llmfoundry.errors import ConfigError, ConfigProblem
 
-__all__ = ['SaveNames', 'check_free_space', 'incomplete_reason', 'local_folder', 'prepare_save_folder', 'repair_latest']
+__all__ = ['SaveNames', 'check_free_space', 'local_folder', 'prepare_save_folder', 'repair_latest']
 
 # Composer's name for the folder of a sharded checkpoint.
 SHARDED_FOLDER = 'ep{epoch}-ba{batch}'
@@ -100,11 +100,11 @@ def repair_latest(folder: Path, names: SaveNames, rank: int = 0) -> list[str]:
     latest = folder / names.latest.replace('{rank}', str(rank))
     if '{' in latest.name or not folder.is_dir():
         return []
-    if latest.exists() and incomplete_reason(latest.resolve()) is None:
+    if latest.exists() and damage(latest.resolve()) is None:
         return []
     notes = []
     for candidate in _checkpoints(folder, names):
-        reason = incomplete_reason(candidate)
+        reason = damage(candidate)
         if reason is None:
             latest.unlink(missing_ok=True)
             latest.symlink_to(os.path.relpath(candidate, latest.parent))
@@ -112,43 +112,11 @@ def repair_latest(folder: Path, names: SaveNames, rank: int = 0) -> list[str]:
             return notes
         aside = candidate.with_name(SET_ASIDE_PREFIX + candidate.name)
         candidate.rename(aside)
-        notes.append(f'autoresume: {candidate.name} is incomplete ({reason}); renamed to {aside.name}')
+        notes.append(f'autoresume: {candidate.name} is damaged ({reason}); renamed to {aside.name}')
     if latest.is_symlink() or latest.exists():
         latest.unlink()
         notes.append(f'autoresume: no complete checkpoint is left in {folder}; the run starts from the beginning')
     return notes
-
-
-def incomplete_reason(path: Path) -> str | None:
-    """Why a checkpoint cannot be whole, or None. Reads directories and sizes, not the tensors."""
-    if path.is_dir():
-        return _incomplete_sharded(path)
-    if not path.exists():
-        return 'the file is missing'
-    if path.suffix != '.pt':
-        return None if path.stat().st_size else 'the file is empty'
-    try:
-        # The zip directory stands at the end of the file, so a file cut short has none.
-        with zipfile.ZipFile(path) as archive:
-            return None if archive.namelist() else 'the archive is empty'
-    except (zipfile.BadZipFile, OSError) as e:
-        return f'{path.stat().st_size:,} bytes, {e}'
-
-
-def _incomplete_sharded(path: Path) -> str | None:
-    """torch renames ``.metadata`` into place after all ranks have written, and it lists every file with its extent."""
-    from torch.distributed.checkpoint import FileSystemReader
-
-    if not (path / '.metadata').exists():
-        return 'its .metadata is missing'
-    ends: dict[str, int] = {}
-    for info in (FileSystemReader(path).read_metadata().storage_data or {}).values():
-        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-    for name, end in sorted(ends.items()):
-        size = (path / name).stat().st_size if (path / name).exists() else -1
-        if size < end:
-            return f'{name} is missing' if size < 0 else f'{name} has {size:,} of {end:,} bytes'
-    return None
 
 
 def _checkpoints(folder: Path, names: SaveNames) -> list[Path]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llmfoundry.callbacks.checkpoint_saver import INCOMPLETE_PREFIX, write_atomically
-from llmfoundry.command_utils.save_folder import incomplete_reason
+from llmfoundry.checkpoint.integrity import damage
 from llmfoundry.errors import CheckpointError
 from tests.helpers.train_runs import ROOT, make_data, run_config, tiny_config
 from tests.helpers.workspace import command_environment
@@ -95,4 +95,4 @@ def test_training_saves_through_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run_config(tiny_config(make_data(tmp_path / 'data'), save_folder=str(tmp_path / 'ckpt'), save_interval='2ba', max_duration='4ba', save_num_checkpoints_to_keep=1))
     assert [n for n in renamed if n.endswith('.pt')] == [f'{INCOMPLETE_PREFIX}ep0-ba2-rank0.pt', f'{INCOMPLETE_PREFIX}ep0-ba4-rank0.pt']
     assert sorted(os.listdir(tmp_path / 'ckpt')) == ['ep0-ba4-rank0.pt', 'latest-rank0.pt']
-    assert incomplete_reason(tmp_path / 'ckpt/ep0-ba4-rank0.pt') is None
+    assert damage(tmp_path / 'ckpt/ep0-ba4-rank0.pt') is None

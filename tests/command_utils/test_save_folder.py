@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmfoundry.command_utils.save_folder import SaveNames, check_free_space, incomplete_reason, local_folder, prepare_save_folder, repair_latest
+from llmfoundry.checkpoint.integrity import damage
+from llmfoundry.command_utils.save_folder import SaveNames, check_free_space, local_folder, prepare_save_folder, repair_latest
 from llmfoundry.errors import ConfigError
 
 NAMES = SaveNames('ep{epoch}-ba{batch}-rank{rank}.pt', 'latest-rank{rank}.pt', sharded=False)
@@ -60,16 +61,6 @@ def test_free_space(tmp_path: Path) -> None:
         check_free_space(tmp_path, 1 << 60)
 
 
-def test_incomplete_reason(tmp_path: Path) -> None:
-    path = _checkpoint(tmp_path, 1)
-    size = path.stat().st_size
-    assert incomplete_reason(path) is None
-    assert incomplete_reason(tmp_path / 'none.pt') == 'the file is missing'
-    for cut in (0, 10, size // 2, size - 1):
-        os.truncate(_checkpoint(tmp_path, 1), cut)
-        assert incomplete_reason(path), cut
-
-
 def test_a_truncated_latest_is_set_aside_for_the_newest_complete_one(tmp_path: Path) -> None:
     _checkpoint(tmp_path, 2)
     good = _checkpoint(tmp_path, 9)
@@ -79,7 +70,7 @@ def test_a_truncated_latest_is_set_aside_for_the_newest_complete_one(tmp_path: P
     notes = repair_latest(tmp_path, NAMES)
     assert latest.resolve() == good
     assert [n.split(' (')[0] for n in notes] == [
-        'autoresume: ep0-ba12-rank0.pt is incomplete', 'autoresume: ep0-ba10-rank0.pt is incomplete', 'autoresume: latest-rank0.pt now names ep0-ba9-rank0.pt, the newest complete checkpoint',
+        'autoresume: ep0-ba12-rank0.pt is damaged', 'autoresume: ep0-ba10-rank0.pt is damaged', 'autoresume: latest-rank0.pt now names ep0-ba9-rank0.pt, the newest complete checkpoint',
     ]
     assert sorted(p.name for p in tmp_path.glob('damaged-*')) == ['damaged-ep0-ba10-rank0.pt', 'damaged-ep0-ba12-rank0.pt']
     assert repair_latest(tmp_path, NAMES) == []
@@ -107,7 +98,7 @@ def test_sharded_checkpoints_are_complete_with_their_metadata_and_every_byte(tmp
     names = SaveNames(NAMES.filename, 'latest-sharded-rank{rank}', sharded=True)
     for batch in (2, 4, 6):
         dcp.save({'w': torch.arange(100.0)}, storage_writer=dcp.FileSystemWriter(tmp_path / f'ep0-ba{batch}'), no_dist=True)
-    assert incomplete_reason(tmp_path / 'ep0-ba6') is None
+    assert damage(tmp_path / 'ep0-ba6') is None
     (tmp_path / 'ep0-ba6' / '.metadata').unlink()
     shard = next((tmp_path / 'ep0-ba4').glob('*.distcp'))
     os.truncate(shard, shard.stat().st_size // 4)

@@ -8,7 +8,7 @@ from typing import Iterator
 
 import pytest
 
-from llmfoundry.command_utils.save_folder import incomplete_reason
+from llmfoundry.checkpoint.integrity import damage
 from llmfoundry.errors import ConfigError
 from tests.helpers.disks import resize_disk, small_disk
 from tests.helpers.train_runs import losses_in, make_data, run_config, start_training, tiny_config, train_losses
@@ -43,7 +43,7 @@ def test_full_in_mid_training_then_room(data: Path, disk: Path, tmp_path: Path) 
     ), out[-3000:]
     assert 'Traceback' not in out
     assert sorted(p.name for p in (disk / 'ckpt').iterdir()) == ['ep0-ba2-rank0.pt', 'latest-rank0.pt']
-    assert incomplete_reason(disk / 'ckpt' / 'latest-rank0.pt') is None
+    assert damage(disk / 'ckpt' / 'latest-rank0.pt') is None
 
     resize_disk(disk, '100m')
     before = losses_in(tmp_path / 'run')
@@ -63,4 +63,4 @@ def test_full_while_two_ranks_save_shards(data: Path, disk: Path, tmp_path: Path
     ), out[-3000:]
     assert 'Traceback' not in out
     assert sorted(p.name for p in (disk / 'ckpt').iterdir()) == ['ep0-ba2', 'latest-sharded-rank0']
-    assert incomplete_reason(disk / 'ckpt' / 'latest-sharded-rank0') is None
+    assert damage(disk / 'ckpt' / 'latest-sharded-rank0') is None

@@ -69,7 +69,7 @@ def test_a_truncated_latest_is_skipped_and_the_losses_still_agree(data: Path, tm
     resumed = train_losses(run_config(config, 'max_duration=12ba'))
     assert resumed == whole[4:]
     out = capsys.readouterr().out
-    assert 'ep0-ba8-rank0.pt is incomplete' in out and 'now names ep0-ba4-rank0.pt' in out
+    assert 'ep0-ba8-rank0.pt is damaged' in out and 'now names ep0-ba4-rank0.pt' in out
 
 
 def test_a_finished_run_says_so(data: Path, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_resumed_equals_uninterrupted(runs: Runs, name: str) -> None:
     losses = runs.losses[name]
     assert len(losses['whole']) == STEPS and len(losses['stopped']) == STOPPED_AT
     assert losses['stopped'] + losses['resumed'] == losses['whole']
-    assert 'ep0-ba6 is incomplete (its .metadata is missing)' in runs.output
+    assert 'ep0-ba6 is damaged (its .metadata is missing)' in runs.output
     assert (runs.folder / name / 'damaged-ep0-ba6').is_dir()
 
 
