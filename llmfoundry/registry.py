@@ -104,6 +104,8 @@ loggers = create_registry(
         'inmemory': 'composer.loggers:InMemoryLogger',
         'in_memory_logger': 'composer.loggers:InMemoryLogger',
         'mlflow': 'composer.loggers:MLFlowLogger',
+        'file': 'composer.loggers:FileLogger',
+        'file_logger': 'composer.loggers:FileLogger',
         'jsonl': 'llmfoundry.loggers.jsonl_logger:JSONLLogger',
         'mosaicml': 'llmfoundry.loggers.platform:MosaicMLPlatformLogger',
     },
@@ -116,9 +118,9 @@ callbacks = create_registry(
     builtins={
         'system_metrics_monitor': 'composer.callbacks:SystemMetricsMonitor',
         'lr_monitor': 'composer.callbacks:LRMonitor',
-        'memory_monitor': 'composer.callbacks:MemoryMonitor',
+        'memory_monitor': 'llmfoundry.callbacks.memory_monitor:MemoryMonitor',
         'memory_snapshot': 'composer.callbacks:MemorySnapshot',
-        'speed_monitor': 'composer.callbacks:SpeedMonitor',
+        'speed_monitor': 'llmfoundry.callbacks.speed_monitor:SpeedMonitor',
         'runtime_estimator': 'composer.callbacks:RuntimeEstimator',
         'optimizer_monitor': 'composer.callbacks:OptimizerMonitor',
         'generate_callback': 'composer.callbacks:Generate',
@@ -133,6 +135,12 @@ callbacks = create_registry(
         'scheduled_gc': 'llmfoundry.callbacks.scheduled_gc_callback:ScheduledGarbageCollector',
         'run_timeout': 'llmfoundry.callbacks.run_timeout_callback:RunTimeoutCallback',
         'kill_loss_spike': 'llmfoundry.callbacks.kill_loss_spike_callback:KillLossSpike',
+        'mono_checkpoint_saver': 'llmfoundry.callbacks.monolithic_ckpt_callback:MonolithicCheckpointSaver',
+        'mono_ckpt_saver': 'llmfoundry.callbacks.monolithic_ckpt_callback:MonolithicCheckpointSaver',
+        'env_logging': 'llmfoundry.callbacks.env_logging_callback:EnvironmentLoggingCallback',
+        'eval_output_logging': 'llmfoundry.callbacks.eval_output_logging_callback:EvalOutputLogging',
+        'loss_perp_v_len': 'llmfoundry.callbacks.loss_perp_v_len_callback:LossPerpVLen',
+        'mbmoe_tok_per_expert': 'llmfoundry.callbacks.moe_tokens_per_expert_callback:MoETokensPerExpert',
     },
 )
 
@@ -140,6 +148,11 @@ callbacks_with_config = create_registry(
     'llmfoundry', 'callbacks_with_config',
     generic_type='type[llmfoundry.interfaces.callback_with_config.CallbackWithConfig]',
     description='Callbacks that receive a copy of the whole training config as `train_config`.',
+    builtins={
+        'async_eval': 'llmfoundry.callbacks.async_eval_callback:AsyncEval',
+        'curriculum_learning': 'llmfoundry.callbacks.curriculum_learning_callback:CurriculumLearning',
+        'dataset_swap': 'llmfoundry.callbacks.dataset_swap_callback:DatasetSwap',
+    },
 )
 
 optimizers = create_registry(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
+
+from llmfoundry.callbacks.total_loss import total_loss
 
 __all__ = ['FDiffMetrics']
 
@@ -50,11 +51,9 @@ def _log_differences(values: dict[str, float], before: dict[str, float], logger:
 
 
 def _total(loss: Any) -> float:
-    if isinstance(loss, dict) and 'total' in loss:
-        loss = loss['total']
-    if not isinstance(loss, torch.Tensor):
+    if isinstance(loss, (list, tuple)) or (isinstance(loss, dict) and 'total' not in loss):
         raise NotImplementedError(f'fdiff_metrics: the model returns several losses without a total ({type(loss).__name__}); set diff_train_metrics: false')
-    return loss.detach().float().mean().item()
+    return total_loss(loss).detach().float().item()
 
 
 def _scalar(metric: Any) -> float:

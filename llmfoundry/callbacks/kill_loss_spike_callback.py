@@ -15,6 +15,7 @@ from composer.core import Callback, State, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 
+from llmfoundry.callbacks.total_loss import total_loss
 from llmfoundry.errors import HighLossError, LossSpikeError
 from llmfoundry.experimental import experimental_class
 
@@ -63,8 +64,7 @@ class KillLossSpike(Callback):
         self.loss_window = deque(self.loss_window, maxlen=self.window_size)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        loss = state.loss['total'] if isinstance(state.loss, dict) else state.loss
-        verdict, mean = self._judge(loss.detach().float().mean().item()) if dist.get_global_rank() == 0 else (_OK, 0.0)
+        verdict, mean = self._judge(total_loss(state.loss).detach().float().item()) if dist.get_global_rank() == 0 else (_OK, 0.0)
         told = torch.tensor([float(verdict), mean], dtype=torch.float64)
         if dist.get_world_size() > 1:
             told = told.to(state.device._device)

@@ -7,25 +7,15 @@ step, which Composer does anyway when it logs the loss.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from llmfoundry.callbacks.total_loss import total_loss
 from llmfoundry.errors import NaNLossError
 
 __all__ = ['NonFiniteLossStopper']
-
-
-def _total(loss: Any) -> torch.Tensor:
-    """The scalar that is differentiated, from whatever the model's ``loss`` returned."""
-    if isinstance(loss, dict):
-        return loss['total'] if 'total' in loss else sum(v.mean() for v in loss.values())
-    if isinstance(loss, (list, tuple)):
-        return sum(v.mean() for v in loss)
-    return loss.mean()
 
 
 class NonFiniteLossStopper(Callback):
@@ -41,7 +31,7 @@ class NonFiniteLossStopper(Callback):
     def after_loss(self, state: State, logger: Logger) -> None:
         del logger
         # x * 0 is 0 for a finite x and NaN for the others; the sum keeps the first bad value's NaN without a read from the device.
-        bad = _total(state.loss).detach().float().reshape(()) * 0
+        bad = total_loss(state.loss).detach().float().reshape(()) * 0
         self._worst = bad if self._worst is None else self._worst + bad
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
@@ -53,6 +43,6 @@ class NonFiniteLossStopper(Callback):
         dist.all_reduce(flag, reduce_operation='MAX')
         rank = int(flag.item()) - 1
         if rank >= 0:
-            loss = _total(state.loss)
+            loss = total_loss(state.loss)
             value = float(loss.detach()) if not bool(torch.isfinite(loss)) else float('nan')
             raise NaNLossError(batch=int(state.timestamp.batch) + 1, rank=rank, value=value)

@@ -5,8 +5,23 @@ Imports torch and the standard library only, so that it runs in any interpreter 
 
 from __future__ import annotations
 
-import time
+import importlib.util
+from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+
+def _load_rates() -> ModuleType:
+    """Our table and measurement, by path: the interpreter may have another package called llmfoundry."""
+    path = Path(__file__).resolve().parents[3] / 'llmfoundry' / 'callbacks' / 'device_rates.py'
+    spec = importlib.util.spec_from_file_location('device_rates', path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_rates = _load_rates()
 
 # Sizes of the published MPT models: width, heads, layers. 'tiny' only tries out the benchmark itself.
 MODELS = {
@@ -42,31 +57,14 @@ def matmul_rate(size: str, tokens: int, repeats: int = 3) -> float:
 
     The shapes are those of the projections, the two layers of the feed-forward block, and a chunk of the head.
     """
-    import torch
-
     d_model = MODELS[size]['d_model']
     shapes = [(tokens, d_model, 3 * d_model), (tokens, d_model, 4 * d_model), (tokens, 4 * d_model, d_model), (min(tokens, 512), d_model, VOCAB_SIZE)]
-    best = 0.0
-    for rows, inner, columns in shapes:
-        a, b = torch.randn(rows, inner), torch.randn(columns, inner)
-        out = torch.empty(rows, columns)
-        for _ in range(repeats):
-            start = time.perf_counter()
-            torch.mm(a, b.t(), out=out)
-            best = max(best, 2.0 * rows * inner * columns / (time.perf_counter() - start))
-    return best
-
-
-# Dense bf16 tensor-core peaks in FLOP/s from the makers' data sheets (no sparsity), by a part of the device's name; the first match counts.
-PEAK_BF16_FLOPS = {
-    'GB200': 2.5e15, 'B300': 2.5e15, 'B200': 2.25e15, 'H200 NVL': 835e12, 'H200': 989.5e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'GH200': 989.5e12, 'H100': 989.5e12, 'H800': 989.5e12,
-    'A100': 312e12, 'A800': 312e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A40': 149.7e12, 'A10': 125e12, 'RTX 4090': 165.2e12, 'RTX 3090': 71e12,
-}
+    return _rates.matmul_rate(shapes, repeats=repeats)
 
 
 def peak_bf16_flops(device_name: str) -> float | None:
     """The device's dense bf16 peak, or None if the table does not have it."""
-    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in device_name), None)
+    return _rates.peak_flops(device_name, 'amp_bf16')
 
 
 def peak_rss_bytes() -> int:
