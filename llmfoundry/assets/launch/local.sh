@@ -1,0 +1,6 @@
+#!/bin/bash
+# Rendered by: @{command}
+@{usage}
+set -euo pipefail
+
+@{node}
