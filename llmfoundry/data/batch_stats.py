@@ -9,6 +9,8 @@ from typing import Any, Callable, Mapping, MutableMapping, Sequence
 
 import torch
 
+from llmfoundry.data.sample_ids import SAMPLE_IDS, ids_per_row, silence_idle_rows
+
 __all__ = ['CROSS_ENTROPY_IGNORE_INDEX', 'LossGeneratingTokensCollatorWrapper', 'get_tokens_per_batch_func', 'loss_generating_tokens_per_row', 'total_tokens_per_row']
 
 CROSS_ENTROPY_IGNORE_INDEX = -100
@@ -71,7 +73,7 @@ def _describe(batch: Any) -> str:
 
 
 class LossGeneratingTokensCollatorWrapper:
-    """Adds ``total_tokens`` and ``loss_generating_tokens`` to a batch: one int for each row, so that they split with it into microbatches.
+    """Adds ``total_tokens`` and ``loss_generating_tokens`` to a batch: one int for each row, so that they split with it into microbatches; and ``sample_ids`` where the examples know theirs.
 
     Args:
         base_collator: makes the batch.
@@ -84,14 +86,19 @@ class LossGeneratingTokensCollatorWrapper:
 
     def __call__(self, examples: Sequence[Any]) -> MutableMapping[str, Any]:
         batch = self.base_collator(examples)
+        rows = ids_per_row(examples)
+        if rows is not None:
+            silence_idle_rows(batch, rows)
         if self.token_counting_func is None:
             totals = total_tokens_per_row(batch).tolist()
             losses = loss_generating_tokens_per_row(batch['labels']).tolist() if batch.get('labels') is not None else None
         else:
             totals, losses = self._count_rows(batch)
-        batch['total_tokens'] = totals
+        batch['total_tokens'] = totals if rows is None else [total if ids else 0 for total, ids in zip(totals, rows, strict=True)]
         if losses is not None:
             batch['loss_generating_tokens'] = losses
+        if rows is not None:
+            batch[SAMPLE_IDS] = rows
         return batch
 
     def _count_rows(self, batch: MutableMapping[str, Any]) -> tuple[list[int], list[int] | None]:

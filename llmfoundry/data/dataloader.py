@@ -16,6 +16,8 @@ from streaming import StreamingDataLoader
 from torch.utils.data import DataLoader
 
 from llmfoundry.data.batch_stats import get_tokens_per_batch_func
+from llmfoundry.data.elastic_streaming import ElasticStreamingDataset
+from llmfoundry.data.sample_ids import without_sample_ids
 from llmfoundry.errors import DataError
 from llmfoundry.registry import construct_from_registry, dataloaders
 
@@ -29,11 +31,15 @@ _DATA_ERROR_IN_TRACEBACK = re.compile(r'^llmfoundry\.\S*Error: ', re.MULTILINE)
 
 
 class TextDataLoader(StreamingDataLoader):
-    """StreamingDataLoader whose data errors read the same with and without workers."""
+    """StreamingDataLoader whose data errors read the same with and without workers, and whose length does not depend on the number of ranks."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._owner_pid = os.getpid()
+
+    def __len__(self) -> int:
+        length = super().__len__()
+        return self.dataset.num_batches if isinstance(self.dataset, ElasticStreamingDataset) and self.dataset.is_elastic else length
 
     def __iter__(self) -> Iterator[Any]:
         try:
@@ -76,7 +82,7 @@ def get_data_spec(dl: DataLoader, dataset_cfg: Mapping[str, Any]) -> DataSpec:
     return DataSpec(
         dataloader=dl,
         batch_transforms=_unchanged,
-        microbatch_transforms=_unchanged,
+        microbatch_transforms=without_sample_ids,
         get_num_samples_in_batch=_num_rows,
         get_num_tokens_in_batch=get_tokens_per_batch_func(),
     )

@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from llmfoundry import dist
 from llmfoundry.data import shard_checks
 from llmfoundry.data import streams as stream_settings
-from llmfoundry.data.checked_streaming import CheckedStreamingDataset
 from llmfoundry.data.dataloader import TextDataLoader, loader_arguments
+from llmfoundry.data.elastic_streaming import ElasticStreamingDataset
 from llmfoundry.data.preview import print_batches
+from llmfoundry.data.sample_ids import Sample
 from llmfoundry.data.text_collators import ConcatenatedSequenceCollatorWrapper, build_text_collator
 from llmfoundry.errors import ConfigError, ConfigProblem, DataError, NotEnoughDatasetSamplesError
 from llmfoundry.registry import collators, construct_from_registry, data_specs, dataset_replication_validators
@@ -48,7 +49,7 @@ def dataset_keys() -> set[str]:
     return (set(stream_settings.streaming_argument_names()) | set(_OWN_DATASET_KEYS) | set(LOADER_DATASET_KEYS)) - set(_FILLED_IN)
 
 
-class StreamingTextDataset(CheckedStreamingDataset):
+class StreamingTextDataset(ElasticStreamingDataset):
     """Samples of ``max_seq_len`` tokens from MDS shards.
 
     A sample is ``{'input_ids', 'attention_mask'}``, int64 tensors ``(max_seq_len,)``. The column ``text``, if there is one, is tokenised, truncated and padded;
@@ -108,6 +109,13 @@ class StreamingTextDataset(CheckedStreamingDataset):
     def decode(self, sample: dict[str, Any], path: str, position: int) -> dict[str, torch.Tensor]:
         """The sample as tensors."""
         return self._tokenize(sample['text']) if 'text' in sample else self._read_tokens(sample['tokens'], path, position)
+
+    def idle_sample(self) -> Sample:
+        """A row of which one token is read and none is trained."""
+        mask = torch.zeros(self.max_seq_len, dtype=torch.int64)
+        # One real position, since attention over a row that is padding alone is not defined for every model.
+        mask[0] = 1
+        return Sample({'input_ids': torch.zeros(self.max_seq_len, dtype=torch.int64), 'attention_mask': mask}, ())
 
     def _tokenize(self, text: str | bytes) -> dict[str, torch.Tensor]:
         text = text.decode('utf-8') if isinstance(text, bytes) else text
@@ -185,7 +193,7 @@ def build_text_dataloader(
 
     Returns:
         A DataSpec whose batches hold ``input_ids``, ``labels`` (not shifted), ``attention_mask``, each int64 ``(batch, seq)``, ``sequence_id`` if a separator is given, and
-        ``total_tokens`` and ``loss_generating_tokens``, lists of one int for each row.
+        ``total_tokens`` and ``loss_generating_tokens``, lists of one int for each row, and ``sample_ids`` (see the module of that name).
 
     Raises:
         ConfigError: (a ValueError) keys or values that make no sense.
@@ -209,6 +217,7 @@ def build_text_dataloader(
     if dataset.get('streams') is not None:
         arguments['streams'] = stream_settings.build_streams(dataset['streams'])
     text_dataset = StreamingTextDataset(tokenizer=tokenizer, batch_size=dataset_batch_size, replication=replication if replication > 1 else None, **arguments)
+    text_dataset.drop_last = drop_last
     _check_enough_samples(text_dataset, dataset, dataset_batch_size, drop_last)
     loader = TextDataLoader(
         text_dataset,

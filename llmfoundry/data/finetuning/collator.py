@@ -16,13 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from llmfoundry.data.batch_stats import CROSS_ENTROPY_IGNORE_INDEX
 from llmfoundry.data.finetuning.targets import ends_with_eos, line_break_ids, stitch_example, truncate, validate_target_settings
 from llmfoundry.data.packing import best_fit_bins
+from llmfoundry.data.sample_ids import SAMPLE_IDS, ids_per_row, with_sample_ids
 
 __all__ = ['Document', 'PackedRow', 'PackingCollator', 'RowLayout', 'Seq2SeqFinetuningCollator', 'assemble', 'validate_target_settings', 'with_idle_rows']
 
 log = logging.getLogger(__name__)
 
 _TRIM_MULTIPLE = 8
-_MODEL_KEYS = ('input_ids', 'labels', 'attention_mask', 'sequence_id', 'decoder_input_ids', 'decoder_attention_mask', 'total_tokens', 'loss_generating_tokens')
+_MODEL_KEYS = ('input_ids', 'labels', 'attention_mask', 'sequence_id', 'decoder_input_ids', 'decoder_attention_mask', 'total_tokens', 'loss_generating_tokens', SAMPLE_IDS)
 
 
 class Document(NamedTuple):
@@ -33,9 +34,10 @@ class Document(NamedTuple):
 
 
 class PackedRow(NamedTuple):
-    """The documents that share a row. Without documents it is a row that only keeps a rank busy: it counts no tokens and has no loss."""
+    """The documents that share a row, and their numbers in the data set. Without documents it is a row that only keeps a rank busy: it counts no tokens and has no loss."""
 
     documents: tuple[Document, ...]
+    sample_ids: tuple[int, ...] = ()
 
 
 class RowLayout(NamedTuple):
@@ -99,7 +101,8 @@ def with_idle_rows(batch: Mapping[str, Any], num_rows: int, pad_token_id: int) -
     """The batch of ``assemble`` with rows without documents after its own."""
     idle = assemble([()] * num_rows, RowLayout(batch['input_ids'].shape[1], pad_token_id, 'right'))
     added = {key: torch.cat([batch[key], value]) if isinstance(value, torch.Tensor) else [*batch[key], *value] for key, value in idle.items()}
-    return {**batch, **added}
+    ids = {SAMPLE_IDS: [*batch[SAMPLE_IDS], *[[] for _ in range(num_rows)]]} if SAMPLE_IDS in batch else {}
+    return {**batch, **added, **ids}
 
 
 class Seq2SeqFinetuningCollator:
@@ -163,11 +166,11 @@ class Seq2SeqFinetuningCollator:
             ValueError: an example without ids, or of which no token is trained.
         """
         if self.decoder_only_format:
-            return self.batch_of_rows([e.documents if isinstance(e, PackedRow) else (self.document(e),) for e in examples])
+            return with_sample_ids(self.batch_of_rows([e.documents if isinstance(e, PackedRow) else (self.document(e),) for e in examples]), ids_per_row(examples))
         documents = [e.documents[0] if isinstance(e, PackedRow) and e.documents else None if isinstance(e, PackedRow) else self._stitched(e) for e in examples]
         batch = self._encoder_decoder_batch(documents)
         batch.update(self.batch_metadata)
-        return batch
+        return with_sample_ids(batch, ids_per_row(examples))
 
     def batch_of_rows(self, rows: Sequence[Sequence[Document]]) -> dict[str, Any]:
         """The batch in which each row holds the given documents."""
@@ -271,7 +274,11 @@ class PackingCollator:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         documents = [d for e in examples for d in (e.documents if isinstance(e, PackedRow) else (self.collator.document(e),))]
+        rows = ids_per_row(examples)
         if not documents:
-            return self.collator.batch_of_rows([()])
+            return with_sample_ids(self.collator.batch_of_rows([()]), None if rows is None else [[]])
         bins = best_fit_bins([len(d.ids) for d in documents], self.collator.max_seq_len)
-        return self.collator.batch_of_rows([[documents[i] for i in bin_] for bin_ in bins])
+        # One number for each document: a streamed example is one of each.
+        numbers = None if rows is None else [number for row in rows for number in row]
+        batch = self.collator.batch_of_rows([[documents[i] for i in bin_] for bin_ in bins])
+        return with_sample_ids(batch, None if numbers is None else [[numbers[i] for i in bin_] for bin_ in bins])

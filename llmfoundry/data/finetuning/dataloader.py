@@ -217,10 +217,15 @@ def _streaming_loader(
         **{key: value for key, value in block.streaming.items() if key in (*streaming_keys(), 'token_encoding_type')},
     )
     if block.packing is not None:
-        ratio = _streaming_ratio(examples, block, tokenizer, device_rows)
+        ratio = _streaming_ratio(examples, block, tokenizer, examples.samples_per_step)
         dataset = {**{key: value for key, value in dataset.items() if key != 'packing'}, 'packing_ratio': ratio}
+    global_rows = examples.samples_per_step
     collate_fn, examples_per_batch = _collate_fn(dataset, tokenizer, device_rows)
-    examples.batch_size = examples_per_batch
+    if isinstance(collate_fn, PackingCollator):
+        # From the global batch, so that a ratio with a fraction makes steps of the same examples for any number of ranks; these may get one more or less of them.
+        examples.global_batch = int(global_rows * ratio)
+        examples_per_batch = -(-examples.global_batch * device_rows // global_rows)
+    examples.batch_size, examples.drop_last = examples_per_batch, bool(arguments['drop_last'])
     return StreamingFinetuningLoader(examples, is_packed=block.packing is not None, collate_fn=collate_fn, batch_size=examples_per_batch, **arguments)
 
 
@@ -234,19 +239,19 @@ def _streaming_preprocessing_fn(block: FinetuningDataBlock) -> preprocessing.Pre
     return preprocessing.resolve_preprocessing_fn(name, None)
 
 
-def _streaming_ratio(examples: StreamingFinetuningDataset, block: FinetuningDataBlock, tokenizer: PreTrainedTokenizerBase, device_rows: int) -> float:
+def _streaming_ratio(examples: StreamingFinetuningDataset, block: FinetuningDataBlock, tokenizer: PreTrainedTokenizerBase, global_rows: int) -> float:
     """The packing ratio of streaming data: the user's, or the most whole examples per row that fit, from the first samples.
 
-    A whole number makes each global batch the same examples for any number of ranks.
+    It is made for the rows of all ranks together, so that each global batch holds the same examples for any number of ranks.
     """
     if isinstance(block.packing, (int, float)):
-        effective = int(device_rows * block.packing) / device_rows
+        effective = int(global_rows * block.packing) / global_rows
         if effective != block.packing:
-            log.warning('dataset.packing_ratio: %g examples per row make no whole number for %d rows per device; %g it is', block.packing, device_rows, effective)
+            log.warning('dataset.packing_ratio: %g examples per row make no whole number for %d rows per batch; %g it is', block.packing, global_rows, effective)
         return float(block.packing)
     reader = Seq2SeqFinetuningCollator(tokenizer, block.max_seq_len, True, block.target_responses, block.target_prompts, allow_no_target=True)
     lengths = [len(reader.document(examples[i]).ids) for i in range(min(_PROFILED_EXAMPLES, examples.num_samples))]
-    ratio = dist.all_reduce_min(integer_ratio(lengths, device_rows, block.max_seq_len))
+    ratio = dist.all_reduce_min(integer_ratio(lengths, global_rows, block.max_seq_len))
     log.info('Packing: %d examples per row, from the lengths of %d examples (%.0f tokens on average)', ratio, len(lengths), sum(lengths) / max(1, len(lengths)))
     return ratio
 

@@ -115,9 +115,10 @@ class PackedDataset(Dataset):
         return len(self.bins)
 
     def __getitem__(self, row: int) -> PackedRow | dict[str, np.ndarray]:
-        documents = tuple(Document(*self.store.row(example)) for example in self.example_ids(row))
+        examples = self.example_ids(row)
+        documents = tuple(Document(*self.store.row(example)) for example in examples)
         if not self.as_examples:
-            return PackedRow(documents)
+            return PackedRow(documents, tuple(examples))
         # A plug-in knows no row without documents; it gets an example without a target.
         ids, targets = documents[0] if documents else Document(self.store.row(0)[0][:1], np.zeros(1, dtype=bool))
         return {'input_ids': ids.astype(np.int64), 'labels': np.where(targets, ids, CROSS_ENTROPY_IGNORE_INDEX).astype(np.int64)}
@@ -125,6 +126,28 @@ class PackedDataset(Dataset):
     def example_ids(self, row: int) -> list[int]:
         """Numbers, in the store, of the examples of a row; none for -1."""
         return self.bins.bin(row).tolist() if row >= 0 else []
+
+    def sample_order(self, epoch: int) -> np.ndarray:
+        """Numbers of the examples of an epoch in the order of training, int64: row by row."""
+        assert self.sampler is not None
+        rows = epoch_order(len(self), self.sampler.shuffle, self.sampler.seed, epoch)
+        starts = self.bins.offsets[rows]
+        sizes = self.bins.offsets[rows + 1] - starts
+        # (examples,): begin of the row in the plan, plus how many examples of the row come before.
+        return self.bins.order[np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(int(sizes.sum()))]
+
+    def epoch_at_hand(self) -> int:
+        """Number of the epoch that is being read."""
+        assert self.sampler is not None
+        return self.sampler.epoch
+
+    def facts(self) -> dict[str, Any]:
+        """What the examples of a step depend on, under the names of the config."""
+        assert self.sampler is not None
+        return {
+            'data digest': self.store.digest, 'examples': len(self.store.lengths), 'max_seq_len': self.max_seq_len, 'shuffle': self.sampler.shuffle, 'shuffle_seed': self.sampler.seed,
+            'rows per epoch': len(self), 'packing plan': self.digest.partition('-')[2], 'rows per step': self.sampler.global_rows,
+        }  # fmt: skip
 
     @property
     def fill(self) -> float:

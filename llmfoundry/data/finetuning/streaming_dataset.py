@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llmfoundry import dist
 from llmfoundry.data import streams as stream_settings
-from llmfoundry.data.checked_streaming import CheckedStreamingDataset
 from llmfoundry.data.dataloader import TextDataLoader
+from llmfoundry.data.elastic_streaming import ElasticStreamingDataset
 from llmfoundry.data.finetuning import preprocessing
 from llmfoundry.data.finetuning.collator import PackedRow, with_idle_rows
 from llmfoundry.data.finetuning.tokenization import tokenize_formatted_example
@@ -41,34 +41,7 @@ def streaming_keys() -> tuple[str, ...]:
     return stream_settings.streaming_argument_names()
 
 
-class _Repeated(int):
-    """A sample id that comes a second time in its epoch, only so that all ranks have as many samples."""
-
-
-def repeats_per_worker(work: np.ndarray, expected: int) -> np.ndarray | None:
-    """Which samples Streaming repeats to give every rank as many: bool, of the shape of ``work``; None if there are none.
-
-    Args:
-        work: sample ids of an epoch, (nodes, ranks, workers, batches, batch); -1 is padding.
-        expected: samples left in the epoch.
-    """
-    ids = work.reshape(-1)
-    if int((ids >= 0).sum()) <= expected:
-        return None
-    # In the order of training: the later occurrence is the repeated one.
-    in_turn = np.arange(work.size).reshape(work.shape).transpose(3, 2, 0, 1, 4).reshape(-1)
-    in_turn = in_turn[ids[in_turn] >= 0]
-    _, first = np.unique(ids[in_turn], return_index=True)
-    if len(first) != expected:
-        return None  # streams that are repeated on purpose hide which ones they are
-    again = np.ones(len(in_turn), dtype=bool)
-    again[first] = False
-    marks = np.zeros(work.size, dtype=bool)
-    marks[in_turn[again]] = True
-    return marks.reshape(work.shape)
-
-
-class StreamingFinetuningDataset(CheckedStreamingDataset):
+class StreamingFinetuningDataset(ElasticStreamingDataset):
     """Examples ``{'turns': [{'input_ids', 'labels'}, ...]}`` from MDS shards.
 
     The columns are ``turns``, or ``input_ids`` and ``labels`` (an ndarray, a list, or bytes of ``token_encoding_type``), or text: ``prompt`` and ``response``, or ``messages``, which are tokenised here.
@@ -191,34 +164,9 @@ class StreamingFinetuningDataset(CheckedStreamingDataset):
             raise DataError(f'{column}: token id {wrong[0]} is outside the {self._num_ids} ids of the tokenizer. Use the tokenizer that the data were prepared with{hint}', file=path, sample=position)
         return ids
 
-    def _share_work(self, sample_ids: np.ndarray) -> Any:
-        self._note_repeats(sample_ids)
-        return super()._share_work(sample_ids)
-
-    def _attach_work(self) -> Any:
-        attached = super()._attach_work()
-        self._note_repeats(attached[0])
-        return attached
-
-    def _note_repeats(self, work: np.ndarray) -> None:
-        """Keeps which samples of this worker are repeats; all of the epoch's work is at hand only here."""
-        world = self._parallel_worker_world
-        marks = repeats_per_worker(work, self.epoch_size - self._first_sample)
-        mine = (world.node, world.rank_of_node, world.worker_of_rank)
-        self._repeats = marks[mine].reshape(-1)[work[mine].reshape(-1) >= 0] if marks is not None else None
-
-    def _get_work(self, epoch: int, sample_in_epoch: int) -> np.ndarray:
-        self._first_sample = sample_in_epoch
-        return super()._get_work(epoch, sample_in_epoch)
-
-    def _each_sample_id(self, it: Any) -> Iterator[int]:
-        repeats = self._repeats
-        for number, sample_id in enumerate(super()._each_sample_id(it)):
-            yield _Repeated(sample_id) if repeats is not None and repeats[number] else sample_id
-
-    def __getitem__(self, at: Any) -> Any:
-        # A repeated sample keeps its rank busy, and is trained once all the same.
-        return PackedRow(()) if isinstance(at, _Repeated) else super().__getitem__(at)
+    def idle_sample(self) -> PackedRow:
+        """A row without documents."""
+        return PackedRow(())
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """As its base's; Composer counts rows, but the position is a number of examples."""
@@ -253,7 +201,6 @@ class StreamingFinetuningLoader(TextDataLoader):
     def __init__(self, dataset: StreamingFinetuningDataset, is_packed: bool = False, **arguments: Any) -> None:
         super().__init__(dataset, **arguments)
         self._is_packed = is_packed
-        self._examples_per_batch = arguments['batch_size'] * dist.get_world_size()
 
     def _get_batch_size(self, batch: Any) -> int:
         return int(self.batch_size or 0)
@@ -261,7 +208,7 @@ class StreamingFinetuningLoader(TextDataLoader):
     def __iter__(self) -> Iterator[Any]:
         self.dataset.examples_out = 0
         for batch in super().__iter__():
-            self.dataset.examples_out += self._examples_per_batch
+            self.dataset.examples_out += self.dataset.samples_per_step
             yield self._with_as_many_rows(batch) if self._is_packed else batch
 
     def _with_as_many_rows(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -15,9 +15,10 @@ from streaming import MDSWriter
 from streaming.base.batching import generate_work
 from streaming.base.world import World
 
+from llmfoundry.data.elastic_streaming import repeats_per_worker
 from llmfoundry.data.finetuning import preprocessing
 from llmfoundry.data.finetuning.dataloader import build_finetuning_dataloader
-from llmfoundry.data.finetuning.streaming_dataset import StreamingFinetuningDataset, repeats_per_worker
+from llmfoundry.data.finetuning.streaming_dataset import StreamingFinetuningDataset
 from llmfoundry.errors import ConfigError, DataError, DatasetTooSmallError, InvalidRoleError
 from llmfoundry.tokenizers.build import build_tokenizer
 from tests.helpers.finetuning_runs import SEQ_LEN, example, write_example_mds

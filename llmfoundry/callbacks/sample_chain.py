@@ -1,0 +1,135 @@
+"""Carries the proof of what was trained on in the checkpoint, and checks it before a resumed run makes its first step.
+
+Nothing is communicated during training: each rank keeps eight bytes and a count for each step, and the ranks add them up when a checkpoint is saved. See ``data.sample_chain`` for the mathematics.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+
+from llmfoundry import dist
+from llmfoundry.data.sample_chain import ChainRecord, combine, digest_of_ids, explain_difference, words
+from llmfoundry.data.sample_ids import flat_ids
+from llmfoundry.errors import DataError
+
+__all__ = ['SampleChain']
+
+log = logging.getLogger(__name__)
+
+# Steps that a run without checkpoints keeps before the ranks add them up.
+_MOST_PENDING = 4096
+IGNORE_KEY = 'state/callbacks/SampleChain*'
+
+
+class SampleChain(Callback):
+    """Records the samples of every step, and compares them on resumption with those that the present data, settings and ranks would have given.
+
+    Raises:
+        DataError: (a ValueError) at the start of a resumed run: the first step that differs, and what changed.
+    """
+
+    def __init__(self) -> None:
+        self.record: ChainRecord | None = None
+        self._loaded: ChainRecord | None = None
+        self._pending: list[tuple[int, int]] = []
+        self._plan: Any = None
+        self._is_off = False
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Checks the record of the checkpoint, and goes on with it."""
+        del logger
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            return
+        plan = _plan_of(state)
+        if plan is None or loaded.last_step != int(state.timestamp.batch):
+            log.info('The checkpoint has a chain of sample ids up to step %d, which is not where this run begins or not of this kind of data: it is not compared', loaded.last_step)
+            return
+        difference = dist.on_rank_zero(lambda: explain_difference(loaded, plan))
+        if difference is not None:
+            raise DataError(
+                f'train_loader: the samples are not those that the checkpoint was trained on: {difference}\n'
+                'To go on exactly, restore what changed. To go on with other samples on purpose, add '
+                f"load_ignore_keys: ['{IGNORE_KEY}'] (training goes on at the same position), or load_weights_only: true (it begins anew)",
+            )
+        if loaded.skipped is not None:
+            log.info('Samples: steps %d to %d were trained on the same samples that the %d ranks of this run would have taken', loaded.first_step + 1, loaded.last_step, dist.get_world_size())
+        self.record, self._plan = loaded, plan
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Keeps the digest of this rank's part of the step."""
+        del logger
+        if self._is_off:
+            return
+        ids, plan = flat_ids(state.batch), _plan_of(state)
+        if ids is None or plan is None:
+            self._turn_off()
+            return
+        in_epoch = int(state.timestamp.batch_in_epoch)
+        # Callbacks may exchange the data in mid-epoch.
+        if self.record is None or in_epoch == 1 or plan is not self._plan:
+            self._begin(plan, first_step=int(state.timestamp.batch) - 1, skipped=0 if in_epoch == 1 else None)
+        # Of ranks that read the same samples, one counts.
+        counts = dist.get_global_rank() % (getattr(plan, 'replication', None) or 1) == 0
+        self._pending.append((digest_of_ids(ids), len(ids)) if counts else (0, 0))
+        if len(self._pending) >= _MOST_PENDING:
+            self._add_up()
+
+    def _turn_off(self) -> None:
+        if dist.get_global_rank() == 0:
+            log.warning('The batches of this loader have no sample_ids, so a resumed run cannot check that it goes on with the same samples')
+        self._is_off, self.record, self._pending = True, None, []
+
+    def _begin(self, plan: Any, first_step: int, skipped: int | None) -> None:
+        """Begins the record of an epoch, which continues the chain."""
+        self._add_up()
+        before = self.record.value if self.record is not None else '00' * 16
+        self.record, self._plan = ChainRecord(plan.epoch_at_hand(), first_step, skipped, before, facts=plan.facts()), plan
+
+    def _add_up(self) -> None:
+        """Adds up the steps of all ranks. Collective where there is something to add, which every rank knows alike."""
+        if self.record is None or not self._pending:
+            return
+        digests, counts = zip(*self._pending, strict=True)
+        self._pending = []
+        self.record.extend(*combine(_sum_over_ranks(words(digests, counts))))
+
+    def state_dict(self) -> dict[str, Any]:
+        """One text, whatever there is to save. Called by every rank, as the rest of the state is."""
+        self._add_up()
+        if self.record is not None and hasattr(self._plan, 'probes') and dist.get_local_rank() == 0:
+            self.record.probes = self._plan.probes()
+        return {'record': self.record.to_text() if self.record is not None else ''}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keeps the record until the data are at hand.
+
+        Raises:
+            DataError: the record is damaged.
+        """
+        try:
+            self._loaded = ChainRecord.from_text(state['record']) if state.get('record') else None
+        except (ValueError, KeyError, TypeError) as e:
+            raise DataError(f"the chain of sample ids in the checkpoint is damaged: {e}. Resume from another checkpoint, or add load_ignore_keys: ['{IGNORE_KEY}']") from e
+
+
+def _plan_of(state: State) -> Any:
+    """The data set of the training loader, if it can say which samples it gives."""
+    dataset = getattr(state.train_dataloader, 'dataset', None)
+    known = hasattr(dataset, 'sample_order') and getattr(dataset, 'is_elastic', True)
+    return dataset if known else None
+
+
+def _sum_over_ranks(values: np.ndarray) -> np.ndarray:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    device = 'cuda' if torch.distributed.get_backend() == 'nccl' else 'cpu'
+    tensor = torch.from_numpy(values).to(device)
+    torch.distributed.all_reduce(tensor)
+    return tensor.cpu().numpy()
