@@ -12,6 +12,8 @@ from llmfoundry.callbacks.activation_recompute import ActivationRecompute
 from llmfoundry.callbacks.checkpoint_saver import AtomicCheckpointSaver
 from llmfoundry.callbacks.microbatch_memory import MicrobatchMemory
 from llmfoundry.callbacks.nan_loss import NonFiniteLossStopper
+from llmfoundry.callbacks.phase_tracker import PhaseTracker
+from llmfoundry.callbacks.sample_chain import SampleChain
 from llmfoundry.command_utils.parallelism import recomputes_unsharded
 from llmfoundry.command_utils.save_folder import local_folder
 from llmfoundry.config.train import TrainConfig
@@ -21,8 +23,8 @@ __all__ = ['own_callbacks']
 
 
 def own_callbacks(cfg: TrainConfig) -> list[Callback]:
-    """The stop at a loss that is not finite, for local folders the saver whose writes are whole, and the saver of adapters."""
-    callbacks: list[Callback] = [NonFiniteLossStopper()]
+    """What the run is doing at any moment, the stop at a loss that is not finite, the proof of what was trained on, for local folders the saver whose writes are whole, and the saver of adapters."""
+    callbacks: list[Callback] = [PhaseTracker(), NonFiniteLossStopper(), SampleChain()]
     if cfg.device_train_microbatch_size == 'auto':
         callbacks.append(MicrobatchMemory(cfg.device_train_batch_size))
     if recomputes_unsharded(cfg.fsdp_config, dist.get_world_size()):
