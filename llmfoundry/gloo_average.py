@@ -1,14 +1,14 @@
 """Averages on gloo: the collectives with which FSDP2 averages gradients, made to average where torch's gloo does not.
 
 torch 2.7.0's gloo returns the sum from ``reduce_scatter_tensor(op=AVG)`` and says nothing, so gradients of a model that is sharded over CPU ranks come out as many times too large as there are ranks;
-``all_reduce(op=AVG)``, which a hybrid mesh needs besides, raises. A probe decides, because the version alone does not.
+``all_reduce(op=AVG)``, which a hybrid mesh needs besides, raises. A probe decides, because the version alone does not. A hybrid mesh also needs events of the CPU's stream.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ['fix_gloo_average']
+__all__ = ['fix_cpu_events', 'fix_gloo_average']
 
 
 def fix_gloo_average() -> bool:
@@ -27,6 +27,25 @@ def fix_gloo_average() -> bool:
         setattr(distributed.distributed_c10d, name, replacement)
         fixed = True
     return fixed
+
+
+def fix_cpu_events() -> bool:
+    """Lets the CPU's stream return an event when it is asked to record one; returns whether that was needed.
+
+    FSDP2 of torch 2.7 asserts that the all-reduce of a hybrid mesh gave it an event. The CPU's stream has nothing to wait for and returns None, so the first backward pass on CPU ranks failed.
+    """
+    import torch
+
+    original = torch.cpu.Stream.record_event
+    if torch.cpu.Stream().record_event() is not None:
+        return False
+
+    def record_event(self: Any, *args: Any, **kwargs: Any) -> Any:
+        event = original(self, *args, **kwargs)
+        return torch.cpu.Event() if event is None else event
+
+    torch.cpu.Stream.record_event = record_event
+    return True
 
 
 def _reduce_scatter_averages() -> bool:

@@ -15,6 +15,7 @@ from composer.utils.parallelism import FSDP2Config
 from llmfoundry import builders
 from llmfoundry.config.moe_mesh import moe_device_mesh
 from llmfoundry.errors import ConfigError, ConfigProblem
+from llmfoundry.gloo_average import fix_cpu_events
 
 __all__ = ['ShardingConfig', 'build_sharding_config', 'fsdp2_settings', 'keep_master_weights_dtype', 'shards_nothing', 'sharding_degrees']
 
@@ -176,6 +177,8 @@ def build_sharding_config(fsdp_config: Mapping[str, Any], *, data_ranks: int, lo
     replicas, shards = sharding_degrees(fsdp_config, data_ranks, local_world_size)
     if replicas is not None:
         notes.append(f'fsdp_config: {replicas} replicas of the weights, each shared by {shards} ranks')
+        if not has_cuda:
+            fix_cpu_events()
     with warnings.catch_warnings():
         # "FSDP2 Config/APIs are experimental": known, and nothing that a user could act on.
         warnings.simplefilter('ignore', UserWarning)
