@@ -1,7 +1,7 @@
 """Looks at an MDS folder before training does: the folder, its index, the size of every local shard, its columns.
 
-Costs one ``stat`` per shard, on one process per node. What it finds here would otherwise stop a run hours later, or (a truncated shard) be read as zeros. Contents are compared with hashes only
-where ``validate_hash`` asks for it, when a shard is first used, since that means reading all of it.
+Costs one ``stat`` per shard, on one process per node. What it finds here would otherwise stop a run hours later, or (a truncated shard) be read as zeros. Contents are compared with hashes when a
+shard is first used: with a fast one wherever the index holds it, with a slow one where ``validate_hash`` asks for it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from typing import Any, Mapping
 
 from llmfoundry.errors import DataError
 
-__all__ = ['UnusableColumnsError', 'check_columns', 'check_hash', 'check_local_folder', 'check_local_shards', 'count_samples', 'file_size_problem', 'read_index']
+__all__ = ['FAST_HASHES', 'UnusableColumnsError', 'check_columns', 'check_hash', 'check_local_folder', 'check_local_shards', 'count_samples', 'file_size_problem', 'read_index']
 
 INDEX = 'index.json'
 _MAX_LISTED = 8
+# Streaming's names of hashes that cost less than reading the file.
+FAST_HASHES = ('xxh3_64', 'xxh3_128', 'xxh64', 'xxh128', 'xxh32')
 
 
 class UnusableColumnsError(DataError, RuntimeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,38 @@ def test_shards_that_fail_while_training_end_the_run_with_their_cause(gpt2: Any,
         load(gpt2, {'local': str(flipped), 'validate_hash': 'sha1'}, num_workers=num_workers)
     with pytest.raises(DataError, match=r"validate_hash is 'xxh64', but the index holds sha1 for this file. Choose one of them, or leave validate_hash out$"):
         load(gpt2, {'local': str(shared_tokens), 'validate_hash': 'xxh64'}, num_workers=num_workers)
+
+
+def test_both_threads_of_a_reader_may_fail_without_a_hang(gpt2: Any, shared_tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine the thread that waits for shards meets the missing one too; Streaming then waited for both for ever."""
+
+    def fail(self: Any, it: Any) -> None:
+        raise DataError('lost', file='shard.00002.mds')
+
+    for name in ('_prepare_thread', '_ready_thread'):
+        monkeypatch.setattr(StreamingTextDataset, name, fail)
+    caught: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            load(gpt2, {'local': str(shared_tokens)})
+        except DataError as e:
+            caught.append(e)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(60)
+    assert not reader.is_alive() and str(caught[0]) == 'shard.00002.mds: lost'
+
+
+def test_a_fast_hash_in_the_index_is_compared_without_being_asked_for(gpt2: Any, tmp_path: Path) -> None:
+    for name, algorithm in (('fast', 'xxh3_64'), ('slow', 'sha1')):
+        write_token_mds(tmp_path / name / 'train', numbered_samples(32), hashes=[algorithm])
+        flip(tmp_path / name / 'train' / 'shard.00001.mds')
+    with pytest.raises(DataError, match=r'fast/train/shard.00001.mds: the contents are not what was written: xxh3_64 is \w{16}, but the index says \w{16}'):
+        load(gpt2, {'local': str(tmp_path / 'fast')})
+    with pytest.raises(DataError, match='token id 68649 is outside'):  # seen only because this bit makes an impossible id
+        load(gpt2, {'local': str(tmp_path / 'slow')})
 
 
 def test_a_remote_without_an_index_and_with_a_bad_one(gpt2: Any, shared_tokens: Path, tmp_path: Path) -> None:
