@@ -31,7 +31,7 @@ class SampleChain(Callback):
     """Records the samples of every step, and compares them on resumption with those that the present data, settings and ranks would have given.
 
     Raises:
-        DataError: (a ValueError) at the start of a resumed run: the first step that differs, and what changed.
+        DataError: (a ValueError) where a run is resumed in mid-epoch: the first step that differs, and what changed. Between epochs data may change, and a warning tells.
     """
 
     def __init__(self) -> None:
@@ -52,15 +52,18 @@ class SampleChain(Callback):
             log.info('The checkpoint has a chain of sample ids up to step %d, which is not where this run begins or not of this kind of data: it is not compared', loaded.last_step)
             return
         difference = dist.on_rank_zero(lambda: explain_difference(loaded, plan))
-        if difference is not None:
+        self.record, self._plan = loaded, plan
+        if difference is not None and int(state.timestamp.batch_in_epoch) == 0:
+            # No epoch is left half done, so none is repeated; curricula, and callbacks that exchange the data, resume like this.
+            log.warning('The epoch that begins has other samples than the one before the checkpoint had: %s', difference)
+        elif difference is not None:
             raise DataError(
                 f'train_loader: the samples are not those that the checkpoint was trained on: {difference}\n'
                 'To go on exactly, restore what changed. To go on with other samples on purpose, add '
                 f"load_ignore_keys: ['{IGNORE_KEY}'] (training goes on at the same position), or load_weights_only: true (it begins anew)",
             )
-        if loaded.skipped is not None:
+        elif loaded.skipped is not None:
             log.info('Samples: steps %d to %d were trained on the same samples that the %d ranks of this run would have taken', loaded.first_step + 1, loaded.last_step, dist.get_world_size())
-        self.record, self._plan = loaded, plan
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Keeps the digest of this rank's part of the step."""
