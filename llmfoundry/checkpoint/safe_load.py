@@ -3,12 +3,13 @@
 ``torch.load(weights_only=True)`` refuses a Composer checkpoint, since its training clock holds ``datetime.timedelta``; the usual way out, free unpickling,
 executes whatever the file says. Here a short list names every class that Composer's state needs, and anything else is refused by name.
 The file is memory-mapped, so a tensor costs memory only while it is being read. The price: a callback of yours that stores objects of its own class must be
-allowed explicitly (``extra_classes``).
+allowed explicitly (``extra_classes``, or the variable ``LLMFOUNDRY_SAFE_CLASSES``).
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import datetime
 import enum
 import importlib
@@ -16,7 +17,8 @@ import os
 import pathlib
 import pickle
 import re
-from typing import Any, Iterable
+import sys
+from typing import IO, Any, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -24,7 +26,11 @@ from torch.torch_version import TorchVersion
 
 from llmfoundry.errors import CheckpointError, UnsafeCheckpointError
 
-__all__ = ['check_extra_classes', 'enum_member', 'load_checkpoint_file', 'refused_class', 'safe_classes']
+__all__ = [
+    'SAFE_CLASSES_VARIABLE', 'allowed_classes', 'check_extra_classes', 'enum_member', 'load_checkpoint_file', 'load_item', 'refusal', 'refused_class', 'safe_classes',
+]
+
+SAFE_CLASSES_VARIABLE = 'LLMFOUNDRY_SAFE_CLASSES'
 
 _REFUSED_GLOBAL = re.compile(r'GLOBAL (\S+) was not an allowed global')
 # Training time as callbacks may store it. Allowed when met rather than beforehand, since importing Composer takes longer than reading most checkpoints.
@@ -58,7 +64,9 @@ def enum_member(cls: Any, name: Any) -> enum.Enum:
 
 def safe_classes() -> list[Any]:
     """Everything beyond tensors and plain containers that a Composer checkpoint may hold, in the form of ``torch.serialization.safe_globals``."""
+    composers = check_extra_classes(sorted(_COMPOSER_CLASSES)) if 'composer.core' in sys.modules else []
     return [
+        *composers,
         (enum_member, 'builtins.getattr'),
         datetime.timedelta,
         datetime.datetime,
@@ -94,6 +102,55 @@ def check_extra_classes(names: Iterable[str]) -> list[Any]:
     return found
 
 
+@contextlib.contextmanager
+def allowed_classes(extra_classes: Iterable[str] = ()) -> Iterator[None]:
+    """Within it, ``torch.load(weights_only=True)`` accepts what Composer's state needs, ``extra_classes``, and the comma-separated names in ``LLMFOUNDRY_SAFE_CLASSES``.
+
+    Raises:
+        ValueError: a name that is no class; says where it came from.
+    """
+    named = [name.strip() for name in os.environ.get(SAFE_CLASSES_VARIABLE, '').split(',') if name.strip()]
+    try:
+        own = check_extra_classes(named)
+    except ValueError as e:
+        raise ValueError(f'{SAFE_CLASSES_VARIABLE}: {e}') from e
+    with torch.serialization.safe_globals([*safe_classes(), *own, *check_extra_classes(extra_classes)]):
+        yield
+
+
+def load_item(file: IO[bytes], where: str, name: str) -> Any:
+    """One item of a sharded checkpoint, read within ``allowed_classes``.
+
+    Args:
+        file: holds the item and nothing else.
+        where: file and place, for messages.
+        name: of the item.
+
+    Raises:
+        UnsafeCheckpointError: it is an object of a class that is not listed.
+        CheckpointError: damaged.
+    """
+    try:
+        return torch.load(file, map_location='cpu', weights_only=True)
+    except UnsafeCheckpointError as e:
+        raise UnsafeCheckpointError(f'{where}: {name!r}: {e}') from e
+    except pickle.UnpicklingError as e:
+        refused = refused_class(e)
+        if refused is None:
+            raise CheckpointError(f'{where}: {name!r} is damaged. Cause: {str(e)[-300:]}') from e
+        raise refusal(f'{where}: the value {name!r} is', refused) from e
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as e:
+        raise CheckpointError(f'{where}: {name!r} is damaged. Cause: {type(e).__name__}: {e}') from e
+
+
+def refusal(what: str, name: str) -> UnsafeCheckpointError:
+    """The error about an object of the class ``name``, with the ways to allow it."""
+    return UnsafeCheckpointError(
+        f'{what} an object of {name}, which is not among the classes that a Composer checkpoint needs. Reading it would run that code, so the checkpoint is refused. '
+        f'If you know where it comes from and {name} is a class of your own, allow it by name: {SAFE_CLASSES_VARIABLE}={name} in the environment (the scripts take --allow_class {name} too)',
+    )
+
+
 def load_checkpoint_file(path: str | os.PathLike, extra_classes: Iterable[str] = (), mmap: bool = True) -> dict[str, Any]:
     """The contents of a Composer checkpoint, tensors on the CPU and memory-mapped.
 
@@ -112,7 +169,7 @@ def load_checkpoint_file(path: str | os.PathLike, extra_classes: Iterable[str] =
         raise FileNotFoundError(f'No checkpoint file at {path!r}')
     size = os.path.getsize(path)
     allowed = set(extra_classes)
-    with torch.serialization.safe_globals([*safe_classes(), *check_extra_classes(allowed)]):
+    with allowed_classes(allowed):
         try:
             loaded = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and _is_zip(path))
         except UnsafeCheckpointError as e:
@@ -150,7 +207,4 @@ def _explain_refusal(path: str, error: pickle.UnpicklingError) -> CheckpointErro
     if name is None:
         cause = re.sub(r'\s+', ' ', str(error)).strip()[-300:]
         return CheckpointError(f'{path!r} cannot be read as a checkpoint. Cause: {cause}')
-    return UnsafeCheckpointError(
-        f'{path!r} holds an object of {name}, which is not among the classes that a Composer checkpoint needs. Reading it would run that code, so the file is '
-        f'refused. If you know where the file comes from and {name} is a class of your own, allow it by name: --allow_class {name}',
-    )
+    return refusal(f'{path!r} holds', name)

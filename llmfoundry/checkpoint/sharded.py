@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 from dataclasses import dataclass, field
 from typing import Any, Iterable
 
 import torch
 from torch.distributed.checkpoint import metadata
+from torch.distributed.checkpoint._traverse import set_element
 
 from llmfoundry.checkpoint.metadata_file import METADATA_FILE, read_metadata
-from llmfoundry.checkpoint.safe_load import check_extra_classes, refused_class, safe_classes
-from llmfoundry.errors import CheckpointError, UnsafeCheckpointError
+from llmfoundry.checkpoint.safe_load import allowed_classes, load_item
+from llmfoundry.errors import CheckpointError
 
 __all__ = ['METADATA_FILE', 'ShardedCheckpoint']
+
+# What Composer keeps with save_weights_only.
+_WEIGHTS = {('state', 'model'), ('state', 'integrations'), ('state', 'metadata')}
 
 
 @dataclass
@@ -95,7 +98,7 @@ class ShardedCheckpoint:
         torch stores a list of dictionaries entry by entry, which is undone here, and does not store empty dictionaries, which stay lost.
         """
         nested: dict[str, Any] = {}
-        with torch.serialization.safe_globals([*safe_classes(), *check_extra_classes(self.extra_classes)]):
+        with allowed_classes(self.extra_classes):
             for name in self.value_names():
                 path = self.path_of(name)
                 if path[: len(prefix)] != prefix or len(path) == len(prefix):
@@ -106,23 +109,27 @@ class ShardedCheckpoint:
                 here[path[-1]] = self._load_blob(self._where[(name, None)], name)
         return _restore_lists(nested)
 
+    def state_dict(self, weights_only: bool = False) -> dict[str, Any]:
+        """Everything, as one nested dictionary in memory: what Composer writes into a single file.
+
+        Args:
+            weights_only: leave out the state of optimizer, callbacks, data and random numbers, as ``save_weights_only`` does.
+        """
+        nested: dict[str, Any] = {}
+        tensors = set(self.tensor_names())
+        with allowed_classes(self.extra_classes):
+            for name in self.metadata.state_dict_metadata:
+                path = self.path_of(name)
+                if not weights_only or path[:2] in _WEIGHTS:
+                    set_element(nested, path, self.tensor(name) if name in tensors else self._load_blob(self._where[(name, None)], name))
+        return nested
+
     def _load_blob(self, info: Any, name: str) -> Any:
         path = os.path.join(self.folder, info.relative_path)
         with open(path, 'rb') as f:
             f.seek(info.offset)
             blob = f.read(info.length)
-        try:
-            return torch.load(io.BytesIO(blob), map_location='cpu', weights_only=True)
-        except pickle.UnpicklingError as e:
-            refused = refused_class(e)
-            if refused is None:
-                raise CheckpointError(f'{path!r}: {name!r} at byte {info.offset:,} is damaged. Cause: {str(e)[-300:]}') from e
-            raise UnsafeCheckpointError(
-                f'{path!r}: the value {name!r} is an object of {refused}, which is not among the classes that a Composer checkpoint needs. Reading it would run that code, '
-                f'so the folder is refused. If {refused} is a class of your own, allow it by name: --allow_class {refused}',
-            ) from e
-        except (RuntimeError, EOFError, ValueError) as e:
-            raise CheckpointError(f'{path!r}: {name!r} at byte {info.offset:,} is damaged. Cause: {e}') from e
+        return load_item(io.BytesIO(blob), f'{path!r} at byte {info.offset:,}', name)
 
 
 def _restore_lists(value: Any) -> Any:

@@ -1,9 +1,7 @@
-"""What can be known about the save folder before the first step, and which checkpoint to resume from.
+"""What can be known about the save folder before the first step, and what it holds.
 
 A run that fails at its first save has wasted all the time before it. So rank 0 writes and removes a probe file, looks for checkpoints that the run would
-collide with, and compares the free space with the weights. For ``autoresume`` it makes sure that ``latest`` names a complete checkpoint: a file
-cut short by a crash or a full disk is set aside, with a message, and the newest complete one takes its place.
-Remote folders (``s3://...``) are left to Composer, whose uploads are whole or absent.
+collide with, and compares the free space with the weights. Which checkpoint a run continues is decided in ``resumption``.
 """
 
 from __future__ import annotations
@@ -17,10 +15,9 @@ from pathlib import Path
 
 from llmfoundry import dist
 from llmfoundry.callbacks.checkpoint_saver import INCOMPLETE_PREFIX
-from llmfoundry.checkpoint.integrity import damage
 from llmfoundry.errors import ConfigError, ConfigProblem
 
-__all__ = ['SaveNames', 'check_free_space', 'local_folder', 'prepare_save_folder', 'repair_latest']
+__all__ = ['SHARDED_FOLDER', 'SaveNames', 'batch_of', 'check_free_space', 'find_checkpoints', 'local_folder', 'point_latest', 'prepare_save_folder', 'set_aside']
 
 # Composer's name for the folder of a sharded checkpoint.
 SHARDED_FOLDER = 'ep{epoch}-ba{batch}'
@@ -32,8 +29,13 @@ class SaveNames:
     """File name patterns of a run's checkpoints (Composer's ``{epoch}``, ``{rank}``, ... fields)."""
 
     filename: str
-    latest: str
+    latest: str | None
     sharded: bool
+
+    @property
+    def patterns(self) -> tuple[str, str]:
+        """Of files and of sharded folders: a run whose number of processes has changed may find the other form."""
+        return self.filename, SHARDED_FOLDER
 
 
 def local_folder(save_folder: str | None, run_name: str | None) -> Path | None:
@@ -70,7 +72,7 @@ def prepare_save_folder(folder: Path, names: SaveNames, *, overwrite: bool, may_
         raise _problem(f'{str(folder)!r} cannot be written to ({type(e).__name__}: {e.strerror or e}). Choose a folder that this user may write to, on a disk with space.') from e
     for leftover in folder.glob(f'{INCOMPLETE_PREFIX}*'):  # of a run killed while it saved
         leftover.unlink(missing_ok=True)
-    existing = _checkpoints(folder, names)
+    existing = find_checkpoints(folder, names)
     if existing and not overwrite and not may_resume:
         raise _problem(
             f'{str(folder)!r} already holds {len(existing)} checkpoint(s), the newest {existing[0].name!r}, which this run would overwrite. Continue that run with autoresume: true, '
@@ -91,46 +93,23 @@ def check_free_space(folder: Path, weights_bytes: int) -> None:
         )
 
 
-def repair_latest(folder: Path, names: SaveNames, rank: int = 0) -> list[str]:
-    """Makes ``latest`` point to the newest complete checkpoint; damaged ones are renamed to ``damaged-...``.
-
-    Returns:
-        Sentences about what was found wrong and done; empty when all was well.
-    """
-    latest = folder / names.latest.replace('{rank}', str(rank))
-    if '{' in latest.name or not folder.is_dir():
-        return []
-    if latest.exists() and damage(latest.resolve()) is None:
-        return []
-    notes = []
-    for candidate in _checkpoints(folder, names):
-        reason = damage(candidate)
-        if reason is None:
-            latest.unlink(missing_ok=True)
-            latest.symlink_to(os.path.relpath(candidate, latest.parent))
-            notes.append(f'autoresume: {latest.name} now names {candidate.name}, the newest complete checkpoint')
-            return notes
-        aside = candidate.with_name(SET_ASIDE_PREFIX + candidate.name)
-        candidate.rename(aside)
-        notes.append(f'autoresume: {candidate.name} is damaged ({reason}); renamed to {aside.name}')
-    if latest.is_symlink() or latest.exists():
-        latest.unlink()
-        notes.append(f'autoresume: no complete checkpoint is left in {folder}; the run starts from the beginning')
-    return notes
-
-
-def _checkpoints(folder: Path, names: SaveNames) -> list[Path]:
-    """The run's checkpoints, newest first by batch (by time where the pattern has no batch)."""
-    pattern = SHARDED_FOLDER if names.sharded else names.filename
-    parts = re.split(r'(\{\w+\})', pattern)
-    regex = re.compile(''.join(_field_regex(p, parts[:i]) if p.startswith('{') else re.escape(p) for i, p in enumerate(parts)))
-    depth = pattern.count('/')
+def find_checkpoints(folder: Path, names: SaveNames) -> list[Path]:
+    """The run's checkpoints in a local folder, files and sharded ones, newest first by batch (by time where the pattern has no batch)."""
     found = []
-    for path in folder.glob('/'.join(['*'] * (depth + 1))):
-        match = regex.fullmatch(str(path.relative_to(folder)))
-        if match and not path.is_symlink():
-            found.append((int(match.groupdict().get('batch') or 0), path.stat().st_mtime, path))
+    for pattern in names.patterns:
+        for path in folder.glob('/'.join(['*'] * (pattern.count('/') + 1))):
+            batch = batch_of(path.relative_to(folder).as_posix(), pattern)
+            if batch is not None and not path.is_symlink() and path.is_dir() == (pattern == SHARDED_FOLDER):
+                found.append((batch, path.stat().st_mtime, path))
     return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def batch_of(name: str, pattern: str) -> int | None:
+    """The batch in the name of a checkpoint, 0 where the pattern has none; None for other names."""
+    parts = re.split(r'(\{\w+\})', pattern)
+    regex = ''.join(_field_regex(p, parts[:i]) if p.startswith('{') else re.escape(p) for i, p in enumerate(parts))
+    match = re.fullmatch(regex, name)
+    return int(match.groupdict().get('batch') or 0) if match else None
 
 
 def _field_regex(field: str, before: list[str]) -> str:
@@ -138,6 +117,33 @@ def _field_regex(field: str, before: list[str]) -> str:
     numeric = name != 'run_name'
     value = r'\d+' if numeric else r'[^/]+'
     return f'(?P<{name}>{value})' if field not in before else f'(?P={name})'
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a damaged checkpoint to ``damaged-...``, so that nothing takes it for a good one and nothing is lost; returns the new path."""
+    aside = path.with_name(SET_ASIDE_PREFIX + path.name)
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f'{SET_ASIDE_PREFIX}{number}-{path.name}')
+    return path.rename(aside)
+
+
+def point_latest(folder: Path, names: SaveNames, target: Path | None) -> bool:
+    """Makes the link ``latest`` name ``target``, or removes it; returns whether it was another before."""
+    if names.latest is None:
+        return False
+    latest = folder / names.latest.replace('{rank}', '0')
+    if '{' in latest.name or (not latest.is_symlink() and (target is None or latest.exists())):
+        return False
+    wanted = None if target is None else os.path.relpath(target, latest.parent)
+    if latest.is_symlink() and os.readlink(latest) == wanted:
+        return False
+    latest.unlink(missing_ok=True)
+    if wanted is not None:
+        latest.parent.mkdir(parents=True, exist_ok=True)
+        latest.symlink_to(wanted)
+    return True
 
 
 def _problem(message: str) -> ConfigError:

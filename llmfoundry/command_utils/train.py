@@ -40,7 +40,8 @@ def train(cfg: TrainConfig) -> Trainer:
         cfg.model.get('init_device'), cfg.fsdp_config, cfg.tp_config, world_size=dist.get_world_size(), rank=dist.get_global_rank(), has_cuda=torch.cuda.is_available(),
         master_weights_dtype=cfg.model.get('master_weights_dtype'),
     )
-    setup.say([*cfg.notes, cfg.batch_summary, *placement.notes, *parts.prepare_saving(cfg)])
+    cfg, found = parts.prepare_checkpoints(cfg)
+    setup.say([*cfg.notes, cfg.batch_summary, *placement.notes, *found])
 
     # What goes around the model
     tokenizer = builders.build_tokenizer(cfg.tokenizer['name'], cfg.tokenizer.get('kwargs'))

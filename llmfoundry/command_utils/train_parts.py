@@ -18,12 +18,17 @@ from composer.loggers import LoggerDestination
 from composer.profiler import JSONTraceHandler, Profiler, cyclic_schedule
 
 from llmfoundry import builders, dist
+from llmfoundry.callbacks.checkpoint_saver import AtomicCheckpointSaver
 from llmfoundry.callbacks.microbatch_memory import MicrobatchMemory
+from llmfoundry.callbacks.phase_tracker import PhaseTracker
 from llmfoundry.callbacks.rng_restorer import RNGRestorer
+from llmfoundry.checkpoint.composer_loading import safe_loading
 from llmfoundry.command_utils.auto_microbatch import find_microbatch_size
 from llmfoundry.command_utils.own_callbacks import own_callbacks
 from llmfoundry.command_utils.parallelism import Placement
-from llmfoundry.command_utils.save_folder import SaveNames, check_free_space, local_folder, prepare_save_folder, repair_latest
+from llmfoundry.command_utils.remote_resumption import forget_downloads
+from llmfoundry.command_utils.resumption import settle_start
+from llmfoundry.command_utils.save_folder import SaveNames, check_free_space, local_folder, prepare_save_folder
 from llmfoundry.command_utils.train_setup import say
 from llmfoundry.config.train import TrainConfig
 from llmfoundry.errors import TRAIN_DATALOADER, BaseContextualError, ConfigError, ConfigProblem, DataError
@@ -43,32 +48,27 @@ __all__ = [
     'check_vocabulary',
     'count_parameters',
     'fit',
-    'prepare_saving',
+    'prepare_checkpoints',
     'settle_microbatch_size',
     'sort_callbacks',
     'write_only_checkpoint',
 ]
 
 
-def prepare_saving(cfg: TrainConfig) -> list[str]:
-    """Checks the save folder, and for ``autoresume`` that ``latest`` is a complete checkpoint. Rank 0 looks, every rank learns.
+def prepare_checkpoints(cfg: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """Checks the save folder and settles which checkpoint the run starts from (see ``resumption``); a collective call.
 
     Returns:
-        Notes to print.
+        The config with ``load_path`` as the run will use it, and notes to print.
 
     Raises:
-        ConfigError: the folder cannot be written to, or holds checkpoints that this run would overwrite.
+        ConfigError: the folder cannot be written to, or holds checkpoints that this run would overwrite; ``load_path`` cannot be used.
+        CheckpointError: the checkpoint in ``load_path`` is damaged.
     """
-    folder = local_folder(cfg.save_folder, cfg.run_name)
-    if folder is None:
-        return []
-    names = _save_names(cfg)
-
-    def look() -> list[str]:
-        prepare_save_folder(folder, names, overwrite=cfg.save_overwrite, may_resume=cfg.autoresume or cfg.load_path is not None)
-        return repair_latest(folder, names) if cfg.autoresume else []
-
-    return dist.on_rank_zero(look)
+    folder, names = local_folder(cfg.save_folder, cfg.run_name), _save_names(cfg)
+    if folder is not None:
+        dist.on_rank_zero(lambda: prepare_save_folder(folder, names, overwrite=cfg.save_overwrite, may_resume=cfg.autoresume or cfg.load_path is not None))
+    return settle_start(cfg, names)
 
 
 def _save_names(cfg: TrainConfig) -> SaveNames:
@@ -170,12 +170,12 @@ def build_trainer(
     cfg: TrainConfig, *, model: Any, optimizer: Any, scheduler: Any, train_loader: DataSpec, evaluators: Sequence[Evaluator], callbacks: list[Callback],
     loggers: list[LoggerDestination], algorithms: list[Any], profiler: Profiler | None, parallelism_config: dict[str, Any] | None,
 ) -> Trainer:
-    """Composer's Trainer, loaded from ``load_path`` or, with ``autoresume``, from the newest checkpoint. The documented interface is the Trainer's.
+    """Composer's Trainer, loaded from ``load_path``, which ``prepare_checkpoints`` has settled. The documented interface is the Trainer's.
 
     The microbatch size is never given as ``auto``; ``settle_microbatch_size`` replaces the device batch when it is.
     """
     auto = cfg.device_train_microbatch_size == 'auto'
-    with warnings.catch_warnings(), _metadata_for_sharded_checkpoints(cfg, model):
+    with warnings.catch_warnings(), safe_loading(), _metadata_for_sharded_checkpoints(cfg, model):
         warnings.filterwarnings('ignore', message='Specifying the (ConsoleLogger|ProgressBarLogger) via `loggers`')
         trainer = Trainer(
             run_name=cfg.run_name, seed=cfg.seed, model=model, optimizers=optimizer, schedulers=scheduler, algorithms=algorithms, callbacks=callbacks, loggers=loggers,
@@ -187,9 +187,10 @@ def build_trainer(
             accumulate_train_batch_on_tokens=cfg.accumulate_train_batch_on_tokens, compile_config=cfg.compile_config, profiler=profiler,
             save_folder=cfg.save_folder, save_filename=cfg.save_filename, save_latest_filename=cfg.save_latest_filename, save_interval=cfg.save_interval,
             save_num_checkpoints_to_keep=cfg.save_num_checkpoints_to_keep, save_overwrite=cfg.save_overwrite, save_weights_only=cfg.save_weights_only,
-            save_ignore_keys=cfg.save_ignore_keys, autoresume=cfg.autoresume, load_path=cfg.load_path, load_weights_only=cfg.load_weights_only,
+            save_ignore_keys=cfg.save_ignore_keys, load_path=cfg.load_path, load_weights_only=cfg.load_weights_only,
             load_strict_model_weights=cfg.load_strict_model_weights, load_ignore_keys=cfg.load_ignore_keys,
         )  # fmt: skip
+    forget_downloads()
     _restore_rng_in_mid_epoch(trainer)
     return trainer
 
@@ -214,8 +215,8 @@ def _restore_rng_in_mid_epoch(trainer: Trainer) -> None:
 
 
 def sort_callbacks(trainer: Trainer) -> None:
-    """Checkpoint savers after the other callbacks, so that what these log is saved; the Hugging Face one last."""
-    trainer.state.callbacks[:] = sorted(trainer.state.callbacks, key=lambda c: 2 if _is_hf_checkpointer(c) else int(isinstance(c, CheckpointSaver)))
+    """The phase tracker first, so that what the others do counts as its phase; checkpoint savers after the others, so that what these log is saved; the Hugging Face one last."""
+    trainer.state.callbacks[:] = sorted(trainer.state.callbacks, key=lambda c: 2 if _is_hf_checkpointer(c) else int(isinstance(c, CheckpointSaver)) - int(isinstance(c, PhaseTracker)))
 
 
 def _is_hf_checkpointer(callback: Callback) -> bool:
@@ -272,6 +273,9 @@ def fit(trainer: Trainer) -> None:
         )])
     try:
         trainer.fit()
+        for saver in trainer.state.callbacks:
+            if isinstance(saver, AtomicCheckpointSaver):
+                saver.finish()
     except ZeroDivisionError as e:
         batch = int(trainer.state.timestamp.batch) + 1
         raise DataError(f'no token of batch {batch} has a target: all labels are -100 (padding, or prompts without responses). Check the data and its masking.') from e

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from llmfoundry.checkpoint.integrity import damage
-from llmfoundry.command_utils.save_folder import SaveNames, check_free_space, local_folder, prepare_save_folder, repair_latest
+from llmfoundry.command_utils.resumption import newest_local
+from llmfoundry.command_utils.save_folder import SaveNames, check_free_space, local_folder, prepare_save_folder
 from llmfoundry.errors import ConfigError
 
 NAMES = SaveNames('ep{epoch}-ba{batch}-rank{rank}.pt', 'latest-rank{rank}.pt', sharded=False)
@@ -61,35 +62,46 @@ def test_free_space(tmp_path: Path) -> None:
         check_free_space(tmp_path, 1 << 60)
 
 
-def test_a_truncated_latest_is_set_aside_for_the_newest_complete_one(tmp_path: Path) -> None:
+def test_a_truncated_latest_is_set_aside_for_the_newest_whole_one(tmp_path: Path) -> None:
     _checkpoint(tmp_path, 2)
     good = _checkpoint(tmp_path, 9)
     _checkpoint(tmp_path, 10, keep_bytes=100)
     bad = _checkpoint(tmp_path, 12, keep_bytes=500)
     latest = _link(tmp_path, bad.name)
-    notes = repair_latest(tmp_path, NAMES)
-    assert latest.resolve() == good
+    found, notes = newest_local(tmp_path, NAMES)
+    assert found == good and latest.resolve() == good
     assert [n.split(' (')[0] for n in notes] == [
-        'autoresume: ep0-ba12-rank0.pt is damaged', 'autoresume: ep0-ba10-rank0.pt is damaged', 'autoresume: latest-rank0.pt now names ep0-ba9-rank0.pt, the newest complete checkpoint',
+        'autoresume: ep0-ba12-rank0.pt is damaged', 'autoresume: ep0-ba10-rank0.pt is damaged', 'autoresume: latest-rank0.pt now names ep0-ba9-rank0.pt, the newest whole checkpoint',
     ]
     assert sorted(p.name for p in tmp_path.glob('damaged-*')) == ['damaged-ep0-ba10-rank0.pt', 'damaged-ep0-ba12-rank0.pt']
-    assert repair_latest(tmp_path, NAMES) == []
+    assert newest_local(tmp_path, NAMES) == (good, [])
 
 
-@pytest.mark.parametrize('link', [None, 'ep0-ba99-rank0.pt'])
-def test_a_missing_or_dangling_latest_is_made(tmp_path: Path, link: str | None) -> None:
+@pytest.mark.parametrize('link', [None, 'ep0-ba99-rank0.pt', 'ep0-ba1-rank0.pt'])
+def test_a_missing_dangling_or_stale_latest_is_made_new(tmp_path: Path, link: str | None) -> None:
+    """A run killed between the two leaves a link to the checkpoint before the newest."""
+    _checkpoint(tmp_path, 1)
     good = _checkpoint(tmp_path, 3)
     if link:
         _link(tmp_path, link)
-    assert len(repair_latest(tmp_path, NAMES)) == 1
+    found, notes = newest_local(tmp_path, NAMES)
+    assert found == good and len(notes) == 1
     assert (tmp_path / 'latest-rank0.pt').resolve() == good
 
 
-def test_nothing_complete_starts_from_the_beginning(tmp_path: Path) -> None:
+def test_a_second_damaged_checkpoint_of_a_name_does_not_replace_the_first(tmp_path: Path) -> None:
+    for _ in range(3):
+        _checkpoint(tmp_path, 3, keep_bytes=7)
+        newest_local(tmp_path, NAMES)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['damaged-2-ep0-ba3-rank0.pt', 'damaged-3-ep0-ba3-rank0.pt', 'damaged-ep0-ba3-rank0.pt']
+
+
+def test_nothing_whole_starts_from_the_beginning(tmp_path: Path) -> None:
     _link(tmp_path, _checkpoint(tmp_path, 3, keep_bytes=7).name)
-    assert repair_latest(tmp_path, NAMES)[-1].endswith('the run starts from the beginning')
+    found, notes = newest_local(tmp_path, NAMES)
+    assert found is None and notes[-1].endswith('the run starts from the beginning')
     assert not os.path.lexists(tmp_path / 'latest-rank0.pt')
-    assert repair_latest(tmp_path / 'absent', NAMES) == []
+    assert newest_local(tmp_path / 'absent', NAMES) == (None, [])
 
 
 def test_sharded_checkpoints_are_complete_with_their_metadata_and_every_byte(tmp_path: Path) -> None:
@@ -102,6 +114,6 @@ def test_sharded_checkpoints_are_complete_with_their_metadata_and_every_byte(tmp
     (tmp_path / 'ep0-ba6' / '.metadata').unlink()
     shard = next((tmp_path / 'ep0-ba4').glob('*.distcp'))
     os.truncate(shard, shard.stat().st_size // 4)
-    notes = repair_latest(tmp_path, names)
+    found, notes = newest_local(tmp_path, names)
     assert 'its .metadata is missing' in notes[0] and 'of' in notes[1]
-    assert (tmp_path / 'latest-sharded-rank0').resolve() == tmp_path / 'ep0-ba2'
+    assert found == (tmp_path / 'latest-sharded-rank0').resolve() == tmp_path / 'ep0-ba2'
