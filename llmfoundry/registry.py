@@ -127,7 +127,7 @@ callbacks = create_registry(
         'early_stopper': 'composer.callbacks:EarlyStopper',
         'oom_observer': 'composer.callbacks:OOMObserver',
         'nan_monitor': 'composer.callbacks:NaNMonitor',
-        'load_checkpoint': 'composer.callbacks:LoadCheckpoint',
+        'load_checkpoint': 'llmfoundry.callbacks.load_checkpoint:SafeLoadCheckpoint',
         'fdiff_metrics': 'llmfoundry.callbacks.fdiff_callback:FDiffMetrics',
         'hf_checkpointer': 'llmfoundry.callbacks.hf_checkpointer:HuggingFaceCheckpointer',
         'global_lr_scaling': 'llmfoundry.callbacks.global_lr_scaling:GlobalLRScaling',

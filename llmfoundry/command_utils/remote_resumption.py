@@ -17,6 +17,7 @@ from typing import Any
 
 from llmfoundry import dist
 from llmfoundry.checkpoint.integrity import damage
+from llmfoundry.checkpoint.local_path import fill_ranks
 from llmfoundry.checkpoint.metadata_file import METADATA_FILE, read_metadata
 from llmfoundry.checkpoint.remote_store import RemoteStore
 from llmfoundry.command_utils.save_folder import SHARDED_FOLDER, SaveNames, batch_of
@@ -55,7 +56,7 @@ def newest_remote(save_folder: str, run_name: str | None, names: SaveNames) -> t
     notes: list[str] = []
     candidates = _candidates(objects, names)
     for name in candidates:
-        found, reason = _fetch(RemoteStore(uri), uri, name, objects, 'save_folder')
+        found, reason = _fetch(RemoteStore(uri), uri, name, objects)
         if reason is None:
             return found, [*notes, f'autoresume: continues from {uri}/{name}, the newest whole checkpoint']
         notes.append(f'autoresume: {uri}/{name} is left out: {reason}')
@@ -73,8 +74,7 @@ def fetch_named(uri: str, names: SaveNames) -> tuple[str, list[str]]:
     """
     if uri.startswith(('http://', 'https://')):
         return uri, []
-    for field in ('rank', 'local_rank', 'node_rank'):
-        uri = uri.replace(f'{{{field}}}', '0')
+    uri = fill_ranks(uri)
     folder, _, name = uri.rstrip('/').rpartition('/')
     store = RemoteStore(folder, setting='load_path')
     objects = dist.on_rank_zero(lambda: store.list(name))
@@ -84,7 +84,7 @@ def fetch_named(uri: str, names: SaveNames) -> tuple[str, list[str]]:
         objects = dist.on_rank_zero(lambda: store.list(name))
     if name not in objects and f'{name}/{METADATA_FILE}' not in objects:
         raise ConfigError([ConfigProblem('load_path', f'there is no checkpoint {uri!r}: neither a file of that name nor a folder with {METADATA_FILE}. Correct the name.')])
-    found, reason = _fetch(store, folder, name, objects, 'load_path', names.sharded)
+    found, reason = _fetch(store, folder, name, objects, names.sharded)
     if found is None:
         raise CheckpointError(f'load_path: {uri!r} is not whole: {reason}. Name an older checkpoint.')
     return found, []
@@ -97,9 +97,8 @@ def _candidates(objects: list[str], names: SaveNames) -> list[str]:
     return [name for batch, name in sorted((b, n) for b, n in found if b is not None)][::-1]
 
 
-def _fetch(store: RemoteStore, uri: str, name: str, objects: list[str], setting: str, sharded_run: bool = True) -> tuple[str | None, str | None]:
+def _fetch(store: RemoteStore, uri: str, name: str, objects: list[str], sharded_run: bool = True) -> tuple[str | None, str | None]:
     """Local copy on each node, or the cause why there is none. Large sharded checkpoints on several nodes stay where they are if the run can read them there."""
-    del setting
     is_folder = name not in objects
     parts = [n for n in objects if n.startswith(f'{name}/')] if is_folder else [name]
     if is_folder:

@@ -7,12 +7,12 @@ checkpoints that are damaged are renamed to ``damaged-...``; nothing is deleted.
 
 from __future__ import annotations
 
-import os
 import uuid
 from pathlib import Path
 
 from llmfoundry import dist
 from llmfoundry.checkpoint.integrity import damage_over_ranks
+from llmfoundry.checkpoint.local_path import fill_ranks, follow, unreadable
 from llmfoundry.checkpoint.safe_load import SAFE_CLASSES_VARIABLE, allowed_classes
 from llmfoundry.command_utils import remote_resumption as remote
 from llmfoundry.command_utils.save_folder import SaveNames, find_checkpoints, local_folder, point_latest, set_aside
@@ -123,38 +123,12 @@ def _settle_load_path(cfg: TrainConfig, names: SaveNames) -> tuple[TrainConfig, 
     if remote.is_remote(path):
         local, notes = remote.fetch_named(path, names)
         return cfg.model_copy(update={'load_path': local}), notes
-    for field in ('rank', 'local_rank', 'node_rank'):
-        path = path.replace(f'{{{field}}}', '0')
-    problems = [p for p in dist.all_gather_objects(_missing(path)) if p]
-    if problems:
-        raise ConfigError([ConfigProblem('load_path', problems[0])])
-    target = Path(_follow(path))
+    path = fill_ranks(path)
+    problem = next((p for p in dist.all_gather_objects(unreadable(path)) if p), None)
+    if problem is not None:
+        raise ConfigError([ConfigProblem('load_path', problem)])
+    target = Path(follow(path))
     reason = damage_over_ranks(target, same_files=False)
     if reason is not None:
         raise CheckpointError(f'load_path: {path!r} is damaged: {reason}. Copy it again, or name an older checkpoint.')
     return cfg.model_copy(update={'load_path': str(target)}), []
-
-
-def _follow(path: str) -> str:
-    """Where a link, or the ``.symlink`` note that Composer writes in place of one, leads."""
-    note = path if path.endswith('.symlink') else f'{path}.symlink'
-    if not os.path.lexists(path) or path == note:
-        with open(note, encoding='utf-8') as f:
-            target = f.read().strip()
-        return target if os.path.isabs(target) else os.path.join(os.path.dirname(path), os.path.basename(target))
-    return os.path.realpath(path)
-
-
-def _missing(path: str) -> str | None:
-    """Why this rank cannot open ``path``, with what lies beside it."""
-    if not os.path.lexists(path) and not os.path.isfile(f'{path}.symlink'):
-        folder = os.path.dirname(os.path.abspath(path))
-        beside = sorted(os.listdir(folder))[:6] if os.path.isdir(folder) else None
-        seen = f'{folder!r} does not exist' if beside is None else f'{folder!r} holds {", ".join(map(repr, beside)) or "nothing"}'
-        return f'{path!r} does not exist on rank {dist.get_global_rank()} (node {dist.get_node_rank()}); {seen}. Correct the path; every node must see the file.'
-    target = _follow(path)
-    if not os.path.exists(target):
-        return f'{path!r} leads to {target!r}, which does not exist on rank {dist.get_global_rank()} (node {dist.get_node_rank()}). Name a checkpoint that does.'
-    if not os.access(target, os.R_OK):
-        return f'{target!r} may not be read by this user on rank {dist.get_global_rank()}. Correct its permissions.'
-    return None
