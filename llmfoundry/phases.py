@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from dataclasses import dataclass
 from types import TracebackType
+from typing import Callable
 
-__all__ = ['PHASES', 'beat', 'beats', 'current', 'enter', 'phase', 'phase_of', 'seconds_in', 'spent']
+__all__ = ['PHASES', 'beat', 'beats', 'current', 'enter', 'phase', 'phase_of', 'progress', 'publish_to', 'report', 'seconds_in', 'spent']
 
 PHASES = ('start', 'data', 'forward', 'backward', 'collective', 'optimizer', 'callback', 'eval', 'checkpoint', 'end')
 
@@ -22,6 +24,37 @@ _since = time.monotonic()
 _beats = 0
 _spent: dict[str, float] = {}
 _main_thread = threading.main_thread
+_publish: Callable[[], None] | None = None
+
+
+@dataclass
+class Progress:
+    """How far training has come: steps done, samples and tokens of all ranks, and the position of the loader. ``source`` says what the loader reads."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    epoch: int = 0
+    batch_in_epoch: int = 0
+    sample_in_epoch: int = 0
+    source: str = ''
+
+
+progress = Progress()
+
+
+def report(**values: int | str) -> None:
+    """Sets fields of ``progress``."""
+    for name, value in values.items():
+        setattr(progress, name, value)
+    if _publish is not None:
+        _publish()
+
+
+def publish_to(publish: Callable[[], None] | None) -> None:
+    """Has ``publish`` called, in the main thread, after every change; None ends that."""
+    global _publish
+    _publish = publish
 
 
 def current() -> str:
@@ -47,7 +80,7 @@ def spent() -> dict[str, float]:
 
 
 def enter(name: str) -> str:
-    """Sets the phase and returns the one before; from another thread than the main one it does nothing."""
+    """Sets the phase (one of ``PHASES``) and returns the one before; from another thread than the main one it does nothing."""
     global _phase, _since, _beats
     before = _phase
     if threading.current_thread() is not _main_thread():
@@ -56,6 +89,8 @@ def enter(name: str) -> str:
     _spent[before] = _spent.get(before, 0.0) + now - _since
     _phase, _since = name, now
     _beats += 1
+    if _publish is not None:
+        _publish()
     return before
 
 

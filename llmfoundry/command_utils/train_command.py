@@ -1,6 +1,7 @@
 """The command line of training: ``train.py CONFIG.yaml [key=value ...]``.
 
-The config is read and checked before torch and Composer are imported, so that a typo is reported within two seconds.
+The config is read and checked before torch and Composer are imported, so that a typo is reported within two seconds. Everything runs under a ``Guard``, so that whatever ends the run leaves
+its cause behind.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import sys
 from typing import Sequence
 
 from llmfoundry import dist
-from llmfoundry.command_utils.error_report import run_or_exit
+from llmfoundry.command_utils.incidents.guard import Guard
 from llmfoundry.config.load import load_train_config
 from llmfoundry.typed_registry import resolve_target
 
@@ -31,5 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(USAGE, file=sys.stderr if not arguments else sys.stdout)
         sys.exit(0 if arguments else USAGE_EXIT_CODE)
     dist.complete_environment()
-    cfg = run_or_exit(lambda: load_train_config(arguments[0], arguments[1:]))
-    run_or_exit(lambda: resolve_target(TRAIN)(cfg))
+    with Guard() as guard:
+        cfg = guard.run(lambda: load_train_config(arguments[0], arguments[1:]))
+        guard.watch(cfg.save_folder, cfg.run_name, cfg.dist_timeout)
+        guard.run(lambda: resolve_target(TRAIN)(cfg))

@@ -1,0 +1,195 @@
+"""Composer's launcher and its ranks without the time that each of their processes takes to import torch and Composer.
+
+A server imports them once. For each job it forks; the child is the launcher, with the launcher's own code, and starts its ranks by forking itself once more in place of
+``subprocess.Popen``. So pids, signals, exit codes and process groups are those of a real job; only ``exec`` is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+__all__ = ['Job', 'WarmLauncher']
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN_SCRIPT = ROOT / 'scripts/train/train.py'
+
+
+class Job:
+    """One launcher process. ``code`` is its exit code as a shell says it, None while it runs."""
+
+    def __init__(self, server: WarmLauncher, pid: int, folder: Path) -> None:
+        self.server, self.pid, self.folder = server, pid, folder
+        self.started = time.monotonic()
+        self.seconds: float | None = None
+        self.code: int | None = None
+
+    def wait(self, timeout: float = 60.0) -> int:
+        """The exit code.
+
+        Raises:
+            TimeoutError: the launcher still runs.
+        """
+        deadline = time.monotonic() + timeout
+        while self.code is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f'the job still runs after {timeout} s:\n{self.output()[-3000:]}')
+            self.server.collect(0.1)
+        return self.code
+
+    def output(self) -> str:
+        return (self.folder / 'out.txt').read_text(errors='replace')
+
+
+class WarmLauncher:
+    """The server; use it as a context manager, one per test module."""
+
+    def __enter__(self) -> WarmLauncher:
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1'}
+        self.process = subprocess.Popen([sys.executable, '-m', 'tests.helpers.warm_launcher'], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        self.jobs: dict[int, Job] = {}
+        self._buffer = b''
+        self.pids: list[int] = []
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stdin.close()
+        self.process.wait(30)
+        self.process.stdout.close()
+
+    def start(self, folder: Path, arguments: list[str], ranks: int | None = 2, **env: str) -> Job:
+        """Runs ``composer -n RANKS train.py ARGUMENTS``, or ``python train.py ARGUMENTS`` when ``ranks`` is None, with output to ``folder/out.txt``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        job = {'folder': str(folder), 'arguments': arguments, 'ranks': ranks, 'env': env}
+        self.process.stdin.write(json.dumps(job).encode() + b'\n')
+        self.process.stdin.flush()
+        known = len(self.pids)
+        while len(self.pids) == known:
+            self.collect(1.0)
+        self.jobs[self.pids[-1]] = Job(self, self.pids[-1], folder)
+        return self.jobs[self.pids[-1]]
+
+    def collect(self, seconds: float) -> None:
+        """Takes in what the server says within ``seconds``."""
+        if not select.select([self.process.stdout], [], [], seconds)[0]:
+            return
+        data = os.read(self.process.stdout.fileno(), 65536)
+        assert data, 'the server has died'
+        *lines, self._buffer = (self._buffer + data).split(b'\n')
+        for line in lines:
+            message = json.loads(line)
+            if 'started' in message:
+                self.pids.append(message['started'])
+            else:
+                job = self.jobs[message['ended']]
+                job.code, job.seconds = message['code'], time.monotonic() - job.started
+
+
+class _ForkedRank:
+    """What the launcher needs of ``subprocess.Popen``: a process with the same code and the launcher's present environment."""
+
+    def __init__(self, cmd: list[str], stdout: Any = None, stderr: Any = None, **_: Any) -> None:
+        self.args, self.returncode, self.stdout, self.stderr = cmd, None, None, None
+        self.pid = os.fork()
+        if self.pid == 0:
+            for fd, file in ((1, stdout), (2, stderr)):
+                if file is not None:
+                    os.dup2(file.fileno(), fd)
+            _run_script(cmd[1:])
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+
+def _run_script(argv: list[str]) -> None:
+    """Runs a script as ``__main__`` and ends the process as an interpreter would."""
+    import atexit
+    import runpy
+    import signal
+    import threading
+    import traceback
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    code: Any = 0
+    try:
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name='__main__')
+    except SystemExit as e:
+        code = e.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if code is None else code & 0xFF if isinstance(code, int) else 1)
+
+
+def _run_job(job: dict[str, Any]) -> None:
+    import signal
+
+    from composer.cli import launcher
+
+    for number in (signal.SIGTERM, signal.SIGINT):  # Composer's handlers are those of ranks; a launcher of its own process has Python's
+        signal.signal(number, signal.SIG_DFL)
+    os.setsid()
+    os.chdir(job['folder'])
+    os.environ.update(job['env'])
+    fd = os.open('out.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    script = [str(TRAIN_SCRIPT), *job['arguments']]
+    if job['ranks'] is None:
+        _run_script(script)
+    sys.argv = ['composer', '-n', str(job['ranks']), *script]
+    launcher.subprocess = type('subprocess', (), {'Popen': _ForkedRank, 'CalledProcessError': subprocess.CalledProcessError})
+    code = launcher.main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code & 0xFF)
+
+
+def _serve() -> None:
+    """Forks a job per line of standard input; ends, when that is closed, with all jobs that are left."""
+    import importlib
+
+    for name in ('composer.cli.launcher', 'llmfoundry.command_utils.train', 'llmfoundry.models.mpt.composer_mpt', 'llmfoundry.data.text_data', 'llmfoundry.optim.adamw', 'streaming'):
+        importlib.import_module(name)
+    running: set[int] = set()
+    out = os.dup(1)
+    os.dup2(2, 1)
+    is_open = True
+    while is_open or running:
+        if is_open and select.select([0], [], [], 0.02)[0]:
+            line = sys.stdin.readline()
+            is_open = bool(line)
+            if is_open:
+                pid = os.fork()
+                if pid == 0:
+                    os.close(out)
+                    _run_job(json.loads(line))
+                running.add(pid)
+                os.write(out, json.dumps({'started': pid}).encode() + b'\n')
+        for pid in list(running):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                running.discard(pid)
+                code = os.waitstatus_to_exitcode(status)
+                os.write(out, json.dumps({'ended': pid, 'code': code if code >= 0 else 128 - code}).encode() + b'\n')
+        if not is_open:
+            time.sleep(0.02)
+
+
+if __name__ == '__main__':
+    _serve()
