@@ -93,7 +93,7 @@ class SampleChain(Callback):
         """Begins the record of an epoch, which continues the chain."""
         self._add_up()
         before = self.record.value if self.record is not None else '00' * 16
-        self.record, self._plan = ChainRecord(plan.epoch_at_hand(), first_step, skipped, before, facts=plan.facts()), plan
+        self.record, self._plan = ChainRecord(plan.epoch_at_hand(), first_step, skipped, before, facts={**plan.facts(), **getattr(plan, 'in_force', {})}), plan
 
     def _add_up(self) -> None:
         """Adds up the steps of all ranks. Collective where there is something to add, which every rank knows alike."""

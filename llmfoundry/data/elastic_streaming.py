@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import zlib
 from typing import Any, Iterator, NamedTuple
@@ -23,6 +24,8 @@ from llmfoundry.data.checked_streaming import CheckedStreamingDataset
 from llmfoundry.data.sample_ids import Sample
 
 __all__ = ['ElasticStreamingDataset', 'Seat', 'repeats_per_worker', 'share_of_worker']
+
+log = logging.getLogger(__name__)
 
 # Other batching methods choose a batch from one stream, by rules of their own.
 _ELASTIC_BATCHING, _ELASTIC_PARTITIONS = 'random', ('orig', 'relaxed')
@@ -110,8 +113,9 @@ class ElasticStreamingDataset(CheckedStreamingDataset):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # As configured: a checkpoint's replace them when the first epoch begins.
         self._configured = {'shuffle_seed': self.shuffle_seed, 'num_canonical_nodes': self.num_canonical_nodes}
+        # Those of the checkpoint, which replace them when the first epoch begins.
+        self.in_force: dict[str, Any] = {}
         self._probes: dict[str, int] = {}
 
     def idle_sample(self) -> Any:
@@ -199,6 +203,14 @@ class ElasticStreamingDataset(CheckedStreamingDataset):
         """The sample with this index over all shards, decoded; a mapping comes as a ``Sample``."""
         sample = super().get_item(sample_id, retry)
         return Sample(sample, (int(sample_id),)) if isinstance(sample, dict) else sample
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        """As Streaming's, which goes on with the seed and the canonical nodes of the checkpoint; where the config has others, that is said."""
+        super().load_state_dict(obj)
+        self.in_force = {name: obj[name] for name in self._configured if obj.get(name) is not None}
+        for name, value in self.in_force.items():
+            if value != self._configured[name]:
+                log.warning('dataset.%s: the checkpoint goes on with its own, %s, and not with the %s of the config', name, value, self._configured[name])
 
     def epoch_at_hand(self) -> int:
         """Number of the epoch that is being read."""
