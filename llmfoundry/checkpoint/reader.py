@@ -23,7 +23,7 @@ from llmfoundry.checkpoint.safe_load import load_checkpoint_file
 from llmfoundry.checkpoint.sharded import METADATA_FILE, ShardedCheckpoint
 from llmfoundry.errors import CheckpointError
 
-__all__ = ['Checkpoint', 'LazyTensor', 'lazy_tensors', 'open_checkpoint']
+__all__ = ['Checkpoint', 'LazyTensor', 'lazy_tensors', 'open_checkpoint', 'parse_files']
 
 # Wrappers that torch puts around modules and leaves in the names when a state dict was taken the plain way.
 _WRAPPER = re.compile(r'(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)(?=\.)')
@@ -130,7 +130,7 @@ def _read_sharded(folder: str, source: str, extra_classes: Iterable[str]) -> Che
     model = {name: path for name, path in paths.items() if path[:2] == ('state', 'model')}
     if not model:
         raise RuntimeError(f'"state" is not an available key in the provided composer checkpoint {source!r}, or it holds no model. Is {source!r} a valid checkpoint from Composer?')
-    huggingface = _parse_files(sharded.values(('state', 'integrations', 'huggingface')), source)
+    huggingface = parse_files(sharded.values(('state', 'integrations', 'huggingface')), source)
     _check_huggingface(huggingface, source)
     weights = {}
     for name, path in model.items():
@@ -139,7 +139,7 @@ def _read_sharded(folder: str, source: str, extra_classes: Iterable[str]) -> Che
     return Checkpoint(source, weights, huggingface)
 
 
-def _parse_files(huggingface: Mapping[str, Any], source: str) -> dict[str, Any]:
+def parse_files(huggingface: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Parses the JSON files that our sharded checkpoints hold as one string each (see ``BaseHuggingFaceModel.get_metadata``); other checkpoints hold them parsed."""
     try:
         return {
