@@ -103,7 +103,7 @@ def test_streaming_reads_what_was_written(rows, whole, tmp_path, compression):
 def test_bytes_are_those_of_the_streaming_writer(rows, whole, tmp_path):
     from streaming import MDSWriter
 
-    with MDSWriter(columns={'tokens': 'ndarray:int32:64'}, out=str(tmp_path / 'out')) as writer:
+    with MDSWriter(columns={'tokens': 'ndarray:int32:64'}, out=str(tmp_path / 'out'), hashes=['xxh3_64']) as writer:
         for sample in read_tokens(whole):
             writer.write({'tokens': sample})
     assert (tmp_path / 'out' / 'shard.00000.mds').read_bytes() == (whole / 'shard.00000.mds').read_bytes()
@@ -119,7 +119,7 @@ def test_text_shards_are_those_of_the_streaming_writer_across_shards(rows, tmp_p
     monkeypatch.setattr(engine, 'SIZE_LIMIT_BYTES', 20_000)
     monkeypatch.setattr(readers, 'BLOCK_BYTES', 4096)
     convert(rows, tmp_path / 'ours', concat_tokens=None, tokenizer=None, compression=compression)
-    with MDSWriter(columns={'text': 'str'}, out=str(tmp_path / 'theirs'), size_limit=20_000, compression=compression) as writer:
+    with MDSWriter(columns={'text': 'str'}, out=str(tmp_path / 'theirs'), size_limit=20_000, compression=compression, hashes=['xxh3_64']) as writer:
         for text in TEXTS:
             writer.write({'text': text})
     shards = sorted(p.name for p in (tmp_path / 'theirs').iterdir())

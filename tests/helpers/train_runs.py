@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -22,11 +22,11 @@ SEQ_LEN = 16
 VOCAB = 50368
 
 
-def make_data(folder: Path, num_train: int = 64, num_val: int = 10, seq_len: int = SEQ_LEN) -> Path:
+def make_data(folder: Path, num_train: int = 64, num_val: int = 10, seq_len: int = SEQ_LEN, hashes: Sequence[str] = ()) -> Path:
     """Splits ``train`` and ``val`` of random ids from a small alphabet, so that a model learns something in a few steps."""
     rng = np.random.default_rng(0)
     for split, count in (('train', num_train), ('val', num_val)):
-        write_token_mds(folder / split, rng.integers(1, 40, size=(count, seq_len)))
+        write_token_mds(folder / split, rng.integers(1, 40, size=(count, seq_len)), hashes=hashes)
     return folder
 
 
