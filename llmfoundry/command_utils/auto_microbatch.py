@@ -2,8 +2,8 @@
 
 Composer's own search guesses too much and halves when CUDA runs out of memory in the middle of training; it works on GPUs only, refuses FSDP2 and has hung ranks that did not run
 out together. Ours runs forward and backward on a batch of the real shapes, doubles while it fits, then bisects; the ranks agree on every step by a minimum. Peak memory
-grows linearly with the microbatch, so two measured sizes predict the next, and a size that would not fit is not tried: on the CPU running out of memory cannot be caught, and in the
-middle of a sharded forward it would leave the other ranks waiting. The run itself is not touched: weights, gradients, optimizer, random state and data loader are as before.
+grows linearly with the microbatch, so two measured sizes predict the next, and a size that would not fit is not tried, since on the CPU the kernel may kill a process that takes too much. A rank that
+runs out of memory nevertheless makes the size too large for all of them (see ``oom_agreement``). The run itself is not touched: weights, gradients, optimizer, random state and data loader are as before.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 
 from llmfoundry import dist
 from llmfoundry.command_utils import memory
+from llmfoundry.command_utils.oom_agreement import all_stay_within_memory
 from llmfoundry.errors import ConfigError, ConfigProblem
 
 __all__ = ['MicrobatchProbe', 'find_microbatch_size', 'largest_fitting', 'predict_peak', 'probe_batch']
@@ -109,7 +110,6 @@ class MicrobatchProbe:
         self.model: nn.Module = trainer._original_model
         self.seq_len = seq_len
         self.device_type = 'cuda' if next(self.model.parameters()).is_cuda else 'cpu'
-        self.sharded = bool(self.state.fsdp_enabled)
         self.measured: dict[int, int] = {}
         self.meter = memory.PeakMeter(self.device_type)
         self.gradient_bytes = sum(memory.local_bytes(p) for p in self.model.parameters() if p.requires_grad)
@@ -117,33 +117,31 @@ class MicrobatchProbe:
         self.budget = int(self.meter.available() * USABLE_FRACTION[self.device_type]) - optimizer_bytes
 
     def fits(self, size: int) -> bool:
-        """Whether ``size`` fits on every rank. Collective."""
+        """Whether ``size`` fits on every rank. Collective: ranks measure the same sizes, whatever they find."""
         predicted = predict_peak(self.measured, size, self.gradient_bytes)
         if not dist.all_reduce_min(int(predicted <= self.budget)):
             log.info('auto microbatch: %d would need %s of %s bytes', size, f'{predicted:,}', f'{self.budget:,}')
             return False
         if self.device_type == 'cpu' and len(self.measured) >= CPU_MEASUREMENTS:
             return True
-        return bool(dist.all_reduce_min(int(self._run(size))))
+        needed = self._run(size)
+        if needed is None:
+            log.info('auto microbatch: %d ran out of memory on a rank', size)
+            return False
+        self.measured[size] = needed
+        log.info('auto microbatch: %d needs %s of %s bytes', size, f'{needed:,}', f'{self.budget:,}')
+        return bool(dist.all_reduce_min(int(needed <= self.budget)))
 
-    def _run(self, size: int) -> bool:
-        """One forward and backward; whether it stayed within the budget."""
+    def _run(self, size: int) -> int | None:
+        """Peak bytes of one forward and backward; None, on every rank, if any ran out of memory."""
+        self.meter.reset()
         try:
-            self.meter.reset()
-            self._forward_backward(size)
-            self.measured[size] = self.meter.peak()
-        except torch.cuda.OutOfMemoryError as e:
-            if self.sharded and dist.get_world_size() > 1:
-                raise ConfigError([_problem(f'auto ran out of memory in a sharded forward at {size}, from which the other ranks cannot return. Give a number below {size}.')]) from e
-            return False
-        except MemoryError:
-            return False
+            enough = all_stay_within_memory(lambda: self._forward_backward(size), self.model)
+            return self.meter.peak() if enough else None
         finally:
             for p in self.model.parameters():
                 p.grad = None
             self.meter.release()
-        log.info('auto microbatch: %d needs %s of %s bytes', size, f'{self.measured[size]:,}', f'{self.budget:,}')
-        return self.measured[size] <= self.budget
 
     def _forward_backward(self, size: int) -> None:
         from composer.core.precision import get_precision_context
@@ -184,8 +182,10 @@ def find_microbatch_size(trainer: Any, device_batch_size: int | float, seq_len: 
         seq_len: tokens per sample.
 
     Raises:
-        ConfigError: not even one sample fits.
+        ConfigError: not even one sample fits, or the run is tensor parallel.
     """
+    if trainer.state.tp_config is not None:
+        raise ConfigError([_problem('auto cannot be searched with tp_config, whose ranks exchange activations in the middle of a layer. Give a number.')])
     limit = max(int(device_batch_size), 1)
     probe = MicrobatchProbe(trainer, seq_len)
     if probe.device_type == 'cpu':
