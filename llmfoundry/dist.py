@@ -169,6 +169,15 @@ def barrier() -> None:
         distributed.barrier()
 
 
+def default_store() -> Any:
+    """The process group's key-value store, which any thread may use; None in a run of one process."""
+    if not is_initialized() or get_world_size() == 1:
+        return None
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
 def all_reduce_min(value: int) -> int:
     """The smallest ``value`` over all ranks, on every rank."""
     if not is_initialized() or get_world_size() == 1:

@@ -104,6 +104,10 @@ class RemoteStore:
             path.write_text(text)
             self.upload(path, name)
 
+    def link(self, name: str, target: str) -> None:
+        """Makes ``name`` a symbolic link with the content ``target``; for local folders only."""
+        self._run('linking', name, lambda: self._backend.link(name, target))
+
     def download(self, name: str, local: str | os.PathLike) -> None:
         """Copies ``name`` to a local file, whose name appears when it is whole.
 
@@ -221,6 +225,9 @@ class _ComposerBackend:
         else:
             raise ValueError(f'objects of {kind} cannot be deleted from here')
 
+    def link(self, name: str, target: str) -> None:
+        raise ValueError(f'{type(self.store).__name__} has no links')
+
     def abort_uploads(self, is_ours: Callable[[str], bool]) -> int:
         if type(self.store).__name__ != 'S3ObjectStore':
             return 0
@@ -272,6 +279,15 @@ class _FsspecBackend:
 
     def delete(self, name: str) -> None:
         self.fs.rm_file(self._path(name))
+
+    def link(self, name: str, target: str) -> None:
+        path = self._path(name)
+        hidden = posixpath.join(posixpath.dirname(path), INCOMPLETE_PREFIX + posixpath.basename(path))
+        os.makedirs(posixpath.dirname(path), exist_ok=True)
+        if os.path.lexists(hidden):
+            os.remove(hidden)
+        os.symlink(target, hidden)
+        os.replace(hidden, path)
 
     def abort_uploads(self, is_ours: Callable[[str], bool]) -> int:
         del is_ours

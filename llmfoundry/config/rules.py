@@ -148,6 +148,13 @@ def autoresume_needs_names(config: Config, report: Report) -> None:
                 report.add('autoresume', f'needs {key}, to find the newest checkpoint of this run')
 
 
+def copies_have_a_local_source(config: Config, report: Report) -> None:
+    """``additional_output_paths`` copies a folder of this machine."""
+    folder = config.get('save_folder')
+    if config.get('additional_output_paths') and (folder is None or '://' in folder or folder.startswith('dbfs:/')):
+        report.add('additional_output_paths', f'copies a local save_folder, which is {folder!r}: set save_folder to a path and name the remote folder here')
+
+
 def log_level_exists(config: Config, report: Report) -> None:
     """The log level is one of Python's, in any case."""
     level = config.get('python_log_level')
@@ -284,7 +291,7 @@ def gauntlet_is_consistent(config: Config, report: Report) -> None:
 _RULES: tuple[Callable[[Config, Report], None], ...] = (
     times_are_times, batch_sizes_fit, auto_microbatch_excludes_profiler, eval_loader_lists_have_labels, one_of_two_spellings, t5_limits, no_training_in_8bit,
     megablocks_need_original_parameters, experts_cover_the_ranks, tensor_parallelism_excludes_experts, autoresume_needs_names, log_level_exists, single_checkpoint_modes, datasets_name_their_data,
-    packed_documents_stay_apart, sequences_fit_the_model,
+    copies_have_a_local_source, packed_documents_stay_apart, sequences_fit_the_model,
     gradient_clipping_has_a_kind, seed_and_timeout_ranges, worker_counts, warmup_fits, optimizer_ranges, metadata_keys_are_free, mpt_block_is_consistent, gauntlet_is_consistent,
 )  # fmt: skip
 

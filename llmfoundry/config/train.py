@@ -147,7 +147,11 @@ class TrainConfig(Block):
     save_interval: int | str = '1000ba'
     """Time between checkpoints; an integer counts epochs."""
     save_num_checkpoints_to_keep: int = -1
-    """Checkpoints kept on the local disk; -1 keeps all."""
+    """Checkpoints kept, the newest, in a local or remote save_folder; -1 keeps all."""
+    save_async: bool = True
+    """Training waits only for a copy of the state in host memory while a checkpoint is written and uploaded; false waits for all of it, and needs no memory for the copy."""
+    additional_output_paths: list[str] | None = None
+    """Paths or URIs that save_folder, a local one, is copied to after every save and at the end; only what has changed."""
     save_overwrite: bool = False
     """Allows replacing existing checkpoints; off so that a repeated command destroys nothing."""
     save_weights_only: bool = False

@@ -93,6 +93,7 @@ def test_training_saves_through_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     replace = os.replace
     monkeypatch.setattr(os, 'replace', lambda a, b: (renamed.append(os.path.basename(a)), replace(a, b)))
     run_config(tiny_config(make_data(tmp_path / 'data'), save_folder=str(tmp_path / 'ckpt'), save_interval='2ba', max_duration='4ba', save_num_checkpoints_to_keep=1))
-    assert [n for n in renamed if n.endswith('.pt')] == [f'{INCOMPLETE_PREFIX}ep0-ba2-rank0.pt', f'{INCOMPLETE_PREFIX}ep0-ba4-rank0.pt']
+    names = ('ep0-ba2-rank0.pt', 'latest-rank0.pt', 'ep0-ba4-rank0.pt', 'latest-rank0.pt')
+    assert [n for n in renamed if n.endswith('.pt')] == [INCOMPLETE_PREFIX + name for name in names], 'each file, then the link to it'
     assert sorted(os.listdir(tmp_path / 'ckpt')) == ['ep0-ba4-rank0.pt', 'latest-rank0.pt']
     assert damage(tmp_path / 'ckpt/ep0-ba4-rank0.pt') is None
