@@ -42,7 +42,7 @@ def test_every_stored_form_gives_the_same_batches(gpt2: Any, tmp_path: Path, enc
     batches = load(gpt2, {'local': str(tmp_path), **({'token_encoding_type': dtype} if dtype else {})})
     assert torch.cat([b['input_ids'] for b in batches]).tolist() == [s.tolist() for s in samples]
     assert batches[0]['input_ids'].dtype == torch.int64
-    assert list(batches[0]) == ['input_ids', 'attention_mask', 'labels', 'total_tokens', 'loss_generating_tokens']
+    assert list(batches[0]) == ['input_ids', 'attention_mask', 'labels', 'total_tokens', 'loss_generating_tokens', 'sample_ids']
 
 
 def test_longer_samples_are_cut(gpt2: Any, shared_tokens: Path) -> None:
