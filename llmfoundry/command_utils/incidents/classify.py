@@ -98,7 +98,8 @@ def classify(bundles: Sequence[Bundle], memory_killed: bool = False) -> Cause:
     first = first_bundle(bundles)
     kind, sign = _kind_and_sign(first, bundles, memory_killed)
     error = first.get('error') or {}
-    place = error.get('place') or _place_of_hang(first) or 'the stack in the bundle'
+    places = [_place_of_hang(b) for b in [first, *bundles]] if kind == 'mismatched collective' else [_place_of_hang(first)]
+    place = error.get('place') or next((p for p in places if p and not _is_library(p)), places[0]) or 'the top of the stack in the bundle'
     return Cause(kind, sign, CLASSES[kind].format(place=place, rank=first['rank']), first['rank'])
 
 
@@ -157,7 +158,8 @@ def _hang(first: Bundle, bundles: Sequence[Bundle]) -> tuple[str, str]:
     if kind == 'data stall':
         return kind, f'no batch for {seconds:.0f} s, {_loader_position(first)}'
     doing = f'{first["waiting_in"]}' if first.get('waiting_in') else _place_of_hang(first)
-    return kind, f'no progress for {seconds:.0f} s in phase {first["phase"]}' + (f', in {doing}' if doing else '')
+    note = f'; {first["fault"]["note"]}' if first['fault']['note'] else ''
+    return kind, f'no progress for {seconds:.0f} s in phase {first["phase"]}' + (f', in {doing}' if doing else '') + note
 
 
 def _loader_position(bundle: Bundle) -> str:
@@ -173,10 +175,11 @@ def _place_of_hang(bundle: Bundle) -> str | None:
     waiting = bundle.get('waiting_in') or ''
     if ', called at ' in waiting:
         return waiting.partition(', called at ')[2]
-    for frame in bundle.get('main_stack', []):
-        if 'site-packages' not in frame and '/lib/python' not in frame and not frame.startswith('<'):
-            return frame
-    return None
+    return next((frame for frame in bundle.get('main_stack', []) if not _is_library(frame) and '/llmfoundry/' not in frame), None)
+
+
+def _is_library(frame: str) -> bool:
+    return 'site-packages' in frame or '/lib/python' in frame or frame.startswith('<')
 
 
 def _error(error: Mapping[str, Any], first: Bundle, bundles: Sequence[Bundle]) -> tuple[str, str]:

@@ -85,8 +85,10 @@ class Guard:
             if error is None:
                 self._leave(0, None)
             self._exit(self._code)  # a second signal cut the end short
-        if self.record is not None and error is None:
-            self.record.end(0)
+        if self.record is not None:
+            self.record.end(self._code if error is not None else 0)
+            if not self.has_watcher:
+                self.record.remove_if_last()
         for restore in reversed(self._restore):
             restore()
 
@@ -149,7 +151,6 @@ class Guard:
         if self.places is not None and (self.world_size > 1 or not explained or phases.current() != 'start') and fault.code != 0:
             bundle.write_bundle(self.places, fault=fault, code=fault.code, live=self.live, error=error, explained=explained, peers=courier.remote_ranks(self.live))
         if self.world_size == 1:
-            self.record.end(fault.code)
             _print_alone(error, explained)
         if explained:
             self._print_block(error)
@@ -168,7 +169,7 @@ class Guard:
                 self.courier.exchange_now(_OTHERS_WORD_S / 2)
             other = faults.wait_for_fault_of_another(self.live, self.rank, _OTHERS_WORD_S if lost_connection else _OTHERS_WORD_S / 2)
             if other is None and lost_connection:
-                other = self._find_culprit(code)
+                other = self._find_culprit()
                 other = None if other.rank == self.rank else faults.publish(self.live, other)
             if other is not None:
                 return other
@@ -208,6 +209,8 @@ class Guard:
     def _exit(self, code: int) -> NoReturn:
         if self.record is not None:
             self.record.end(code)
+            if not self.has_watcher:
+                self.record.remove_if_last()
         for child in multiprocessing.active_children():
             with contextlib.suppress(OSError, ValueError):
                 child.kill()
@@ -227,10 +230,10 @@ class Guard:
         inquiry.answer_if_asked(self.live)
         self._exit(standing.code)
 
-    def _find_culprit(self, code: int = faults.HANG_EXIT_CODE) -> Fault:
+    def _find_culprit(self) -> Fault:
         if self.courier is not None:
             self.courier.exchange_now(1.0)
-        return inquiry.find_culprit(self.live, self.host, courier.remote_ranks(self.live), code)
+        return inquiry.find_culprit(self.live, self.host, courier.remote_ranks(self.live))
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:

@@ -35,14 +35,13 @@ def answer_if_asked(folder: Path) -> None:
         write_whole(own, json.dumps({'waiting_in': main_stack().waiting_in, 'phase': phases.current()}))
 
 
-def find_culprit(folder: Path, host: str, peers: list[dict[str, Any]], code: int = HANG_EXIT_CODE) -> Fault:
+def find_culprit(folder: Path, host: str, peers: list[dict[str, Any]]) -> Fault:
     """Asks, waits a second for the answers, and names the rank that the others wait for.
 
     Args:
         folder: the live folder of the node.
         host: this machine's name.
         peers: what the courier knows of the ranks of other nodes; those with ``lost`` have not been heard of.
-        code: exit code of a hang.
     """
     with contextlib.suppress(OSError):
         (folder / _QUESTION).touch()
@@ -61,12 +60,12 @@ def find_culprit(folder: Path, host: str, peers: list[dict[str, Any]], code: int
     silent = [s for s in states if answers[s.rank] is None and s.alive]
     free = [s for s in states if (a := answers[s.rank]) is not None and not a['waiting_in']]
     if silent:
-        return _hang(silent[0], rank, code, 'the process does not answer: it was stopped (SIGSTOP), or native code does not return')
+        return _hang(silent[0], rank, 'the process does not answer: it was stopped (SIGSTOP), or native code does not return')
     if free:
-        return _hang(min(free, key=lambda s: (s.step, s.entered)), rank, code, '')
+        return _hang(min(free, key=lambda s: (s.step, s.entered)), rank, '')
     if lost := [p for p in peers if p.get('lost')]:
-        return Fault(lost[0]['rank'], lost[0]['host'], 'node lost', code, time.time(), rank, f'nothing has been heard of it for {lost[0]["silent_s"]:.0f} s')
-    return Fault(rank, host, 'hang', code, time.time(), rank)
+        return Fault(lost[0]['rank'], lost[0]['host'], 'node lost', HANG_EXIT_CODE, time.time(), rank, f'nothing has been heard of it for {lost[0]["silent_s"]:.0f} s')
+    return Fault(rank, host, 'hang', HANG_EXIT_CODE, time.time(), rank)
 
 
 def wait_for_end_of_leader(folder: Path, seconds: float) -> None:
@@ -80,7 +79,7 @@ def wait_for_end_of_leader(folder: Path, seconds: float) -> None:
 
 
 def _hang(state: RankState, detected_by: int, code: int, note: str) -> Fault:
-    return Fault(state.rank, state.host, 'hang', code, time.time(), detected_by, note)
+    return Fault(state.rank, state.host, 'hang', HANG_EXIT_CODE, time.time(), detected_by, note)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

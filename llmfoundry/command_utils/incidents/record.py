@@ -10,6 +10,7 @@ import contextlib
 import json
 import mmap
 import os
+import shutil
 import socket
 import struct
 import tempfile
@@ -139,6 +140,12 @@ class LiveRecord:
         """Says that this process ends by itself, with ``code``."""
         self._code = code
         self.update()
+
+    def remove_if_last(self) -> None:
+        """Removes the live folder when all of the node's ranks have ended; for runs that end before they have a watcher."""
+        states = read_records(self.folder)
+        if len(states) >= dist.get_local_world_size() and all(s.ended for s in states):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
         """Stops publishing; the file stays for the watcher."""

@@ -14,7 +14,7 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Iterator
+from typing import IO, Any, Iterator, SupportsIndex
 
 __all__ = ['MainStack', 'all_threads', 'disable_crash_dump', 'enable_crash_dump', 'main_stack', 'worker_stacks']
 
@@ -26,6 +26,7 @@ _FRAMES_KEPT = 60
 _WAITING_FILES = ('/torch/distributed/', '/torch/nn/parallel/distributed.py', '/composer/utils/dist.py', '/streaming/base/shared/barrier.py', '/streaming/base/distributed.py')
 _OUR_WAITS = {('/llmfoundry/dist.py', 'on_local_rank_zero')}
 _BACKWARD = ('/torch/autograd/graph.py', '_engine_run_backward')
+_PLUMBING = ('/torch/', '/contextlib.py', '/llmfoundry/gloo_average.py', '/llmfoundry/dist.py')
 _LIBRARIES = ('/torch/', '/composer/', '/streaming/', f'{os.path.dirname(os.__file__)}/')
 _READER_LOCALS = ('shard_id', 'sample_id')
 
@@ -60,8 +61,8 @@ def main_stack() -> MainStack:
     for frame in found:
         if '/streaming/' in frame.f_code.co_filename:
             for name in _READER_LOCALS:
-                if isinstance(value := frame.f_locals.get(name), int):
-                    stack.reading.setdefault(name, value)
+                if isinstance(value := frame.f_locals.get(name), SupportsIndex):
+                    stack.reading.setdefault(name, int(value))
     return stack
 
 
@@ -78,13 +79,13 @@ def waiting_in(frames: list[FrameType]) -> str | None:
             name = 'the reduction of gradients'
         elif name is not None and not _is_plumbing(path):
             return f'{name}, called at {_describe(frame)}'
-        elif name is None and not any(part in path for part in _LIBRARIES):
+        elif name is None and not any(part in path for part in (*_LIBRARIES, *_PLUMBING)):
             return None
     return name
 
 
 def _is_plumbing(path: str) -> bool:
-    return '/torch/' in path or path.endswith('/contextlib.py')
+    return any(part in path for part in _PLUMBING)
 
 
 def all_threads() -> str:

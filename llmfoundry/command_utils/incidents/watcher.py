@@ -33,6 +33,7 @@ _MEMORY_SAMPLES = 10
 _LATE_S = 20.0
 # Composer's and torch's launchers send SIGKILL 30 s after SIGTERM; ranks that outlive that have lost their launcher.
 _LAST_RESORT_S = 45.0
+_STUCK_S = 5.0
 
 
 class Watcher:
@@ -69,11 +70,18 @@ class Watcher:
                 break
             if first_seen is None and first_fault(self.live) is not None:
                 first_seen = time.monotonic()
-            if first_seen is not None and time.monotonic() - first_seen > _LAST_RESORT_S:
-                for state in states:
-                    procs.kill_same(state.pid, state.ticks, signal.SIGKILL)
+            if first_seen is not None:
+                self._kill_late(states, time.monotonic() - first_seen)
             poller.poll(_POLL_S * 1000)
         self._report(states)
+
+    def _kill_late(self, states: list[RankState], seconds: float) -> None:
+        """Ends what does not end by itself: a hanging rank that is stopped or stuck in native code cannot."""
+        fault = first_fault(self.live)
+        for state in states:
+            is_stuck = fault is not None and fault.kind == 'hang' and fault.rank == state.rank
+            if seconds > (_STUCK_S if is_stuck else _LAST_RESORT_S):
+                procs.kill_same(state.pid, state.ticks, signal.SIGKILL)
 
     def _look(self, state: RankState, poller: select.poll) -> None:
         if state.rank in self.ended:
