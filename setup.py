@@ -49,6 +49,7 @@ extras = {
     # moto's own extra 'server' brings 20 packages more than its S3 needs; s3fs would move boto3.
     'dev': [
         'pytest>=8,<10', 'pytest-xdist>=3.5,<4', 'hypothesis>=6.100,<7', 'ruff>=0.6', 'jsonschema>=4.20,<5', 'trl>=1.14,<2', 'moto[s3]>=5,<6', 'flask>=3,<4', 'flask-cors>=5',
+        'mlflow-skinny>=2.22,<4', 'sqlalchemy<2.1', 'alembic', 'tensorboard>=2.16,<3',
     ],
 }
 extras['all'] = sorted({dep for name, deps in extras.items() if name != 'gpu' for dep in deps})

@@ -185,7 +185,7 @@ algorithms = create_registry(
     generic_type='type[composer.core.Algorithm]',
     description='Keys of the `algorithms` block.',
     builtins={
-        'gradient_clipping': 'composer.algorithms:GradientClipping',
+        'gradient_clipping': 'llmfoundry.algorithms.gradient_clipping:GradientClipping',
         'alibi': 'composer.algorithms:Alibi',
         'gated_linear_units': 'composer.algorithms:GatedLinearUnits',
         'low_precision_layernorm': 'composer.algorithms:LowPrecisionLayerNorm',

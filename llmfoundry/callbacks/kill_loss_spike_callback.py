@@ -53,17 +53,27 @@ class KillLossSpike(Callback):
         self.outlier_counter = 0
         self.loss_window: deque[float] = deque(maxlen=window_size)
         self._learns_cap = loss_cap == DEFAULT_LOSS_CAP
+        self._estimates_batches = False  # of a run whose duration is in tokens or samples
 
     def fit_start(self, state: State, logger: Logger) -> None:
         del logger
         if self.window_size != DEFAULT_WINDOW_SIZE or state.max_duration is None:
             return
         duration = state.max_duration
-        batches = duration.value if duration.unit == TimeUnit.BATCH else duration.value * int(state.dataloader_len or 0) if duration.unit == TimeUnit.EPOCH else 0
-        self.window_size = max(self.window_size, int(WINDOW_SHARE * batches))
+        if duration.unit in (TimeUnit.BATCH, TimeUnit.EPOCH):
+            self._grow_window(duration.value * (1 if duration.unit == TimeUnit.BATCH else int(state.dataloader_len or 0)))
+        else:
+            self._estimates_batches = True
+
+    def _grow_window(self, batches_in_run: float) -> None:
+        self.window_size = max(self.window_size, int(WINDOW_SHARE * batches_in_run))
         self.loss_window = deque(self.loss_window, maxlen=self.window_size)
 
     def batch_end(self, state: State, logger: Logger) -> None:
+        if self._estimates_batches:
+            self._estimates_batches = False
+            done = state.timestamp.get(state.max_duration.unit).value
+            self._grow_window(state.max_duration.value * int(state.timestamp.batch) / done if done else 0)
         verdict, mean = self._judge(total_loss(state.loss).detach().float().item()) if dist.get_global_rank() == 0 else (_OK, 0.0)
         told = torch.tensor([float(verdict), mean], dtype=torch.float64)
         if dist.get_world_size() > 1:

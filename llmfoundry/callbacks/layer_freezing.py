@@ -1,4 +1,7 @@
-"""Freezes parameters by name when training starts."""
+"""Freezes parameters by name before training starts.
+
+That is done before DDP wraps the model, which would otherwise wait for gradients that never come; at the start of training it is done again, for trainers made otherwise.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +15,34 @@ from llmfoundry.experimental import experimental_class
 
 __all__ = ['LayerFreezing']
 
+_DDP_PREFIX = 'module.'
+
 
 @experimental_class('LayerFreezing')
 class LayerFreezing(Callback):
     """Sets ``requires_grad`` of the named parameters to False.
 
     Args:
-        layer_names: full names as ``model.named_parameters()`` gives them, for example ``model.transformer.wte.weight``.
+        layer_names: full names as ``model.named_parameters()`` gives them, for example ``model.transformer.wte.weight``; the ``module.`` that DDP puts before them may be left out.
 
     Raises:
-        ConfigError: (a ValueError, when training starts) a name that no parameter has, or no name at all.
+        ConfigError: (a ValueError, before training starts) a name that no parameter has, or no name at all.
     """
 
     def __init__(self, layer_names: Sequence[str]) -> None:
         self.layer_names = list(layer_names)
 
+    def init(self, state: State, logger: Logger) -> None:
+        self.fit_start(state, logger)
+
     def fit_start(self, state: State, logger: Logger) -> None:
         del logger
-        parameters = dict(state.model.named_parameters())
-        unknown = sorted(set(self.layer_names) - set(parameters))
+        parameters = {name.removeprefix(_DDP_PREFIX): parameter for name, parameter in state.model.named_parameters()}
+        names = [name.removeprefix(_DDP_PREFIX) for name in self.layer_names]
+        unknown = sorted(set(names) - set(parameters))
         if unknown or not self.layer_names:
             listed = ', '.join(sorted(parameters)[:20]) + (', ...' if len(parameters) > 20 else '')
             problem = f'no parameter is called {", ".join(unknown)}' if unknown else 'names nothing to freeze'
             raise ConfigError([ConfigProblem('callbacks.layer_freezing.layer_names', f'{problem}. The model has: {listed}')])
-        for name in self.layer_names:
+        for name in names:
             parameters[name].requires_grad_(False)
