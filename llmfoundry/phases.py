@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Callable
 
-__all__ = ['PHASES', 'beat', 'beats', 'current', 'enter', 'phase', 'phase_of', 'progress', 'publish_to', 'report', 'seconds_in', 'spent']
+__all__ = ['PHASES', 'beat', 'beats', 'current', 'enter', 'limits', 'phase', 'phase_of', 'progress', 'publish_to', 'report', 'seconds_in', 'spent']
 
 PHASES = ('start', 'data', 'forward', 'backward', 'collective', 'optimizer', 'callback', 'eval', 'checkpoint', 'end')
 
@@ -24,6 +24,8 @@ _since = time.monotonic()
 _beats = 0
 _spent: dict[str, float] = {}
 _main_thread = threading.main_thread
+# Seconds that a phase may take without progress, where that differs from the watchdog's own rule.
+limits: dict[str, float] = {}
 _publish: Callable[[], None] | None = None
 
 

@@ -10,13 +10,19 @@ import threading
 from composer.core import Callback, State
 from composer.loggers import Logger
 
+from llmfoundry import phases
+
 __all__ = ['RunTimeoutCallback']
 
 log = logging.getLogger(__name__)
 
+_UNHEARD_S = 10.0
+
 
 class RunTimeoutCallback(Callback):
     """Sends SIGINT to its own process when that has not ended in time after the last batch.
+
+    The training command's watchdog ends one that waits in native code, where SIGINT is not heard, a few seconds later, and leaves its stacks.
 
     Args:
         timeout: seconds from the end of training.
@@ -35,6 +41,7 @@ class RunTimeoutCallback(Callback):
         del state, logger
         if self.timer is not None:
             self.timer.cancel()
+        phases.limits['end'] = self.timeout + _UNHEARD_S
         self.timer = threading.Timer(self.timeout, self._interrupt)
         # A process that ends in time is not kept alive by its own alarm.
         self.timer.daemon = True

@@ -164,7 +164,10 @@ def _serve() -> None:
     """Forks a job per line of standard input; ends, when that is closed, with all jobs that are left."""
     import importlib
 
-    for name in ('composer.cli.launcher', 'llmfoundry.command_utils.train', 'llmfoundry.models.mpt.composer_mpt', 'llmfoundry.data.text_data', 'llmfoundry.optim.adamw', 'streaming'):
+    for name in (
+        'composer.cli.launcher', 'llmfoundry.command_utils.train', 'llmfoundry.command_utils.incidents.guard', 'llmfoundry.models.mpt.composer_mpt', 'llmfoundry.data.text_data',
+        'llmfoundry.optim.adamw', 'streaming',
+    ):
         importlib.import_module(name)
     running: set[int] = set()
     out = os.dup(1)

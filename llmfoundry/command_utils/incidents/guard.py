@@ -48,6 +48,7 @@ _FLUSH_S = 20.0
 _FLUSH_AFTER_ANOTHER_S = 1.0
 _OTHERS_WORD_S = 2.0
 _SAME_ERROR_S = 3.0
+_OTHER_NODES_WORD_S = 4.0
 
 
 class Guard:
@@ -63,6 +64,7 @@ class Guard:
         self.has_watcher = False
         self._claim = threading.Lock()
         self._code = 1
+        self._left_waiting: str | None = None
         self._restore: list[Callable[[], Any]] = []
 
     def __enter__(self) -> Guard:
@@ -79,12 +81,12 @@ class Guard:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.watchdog is not None:
-            self.watchdog.close()
         if self.record is not None and self.world_size > 1:
             if error is None:
                 self._leave(0, None)
             self._exit(self._code)  # a second signal cut the end short
+        if self.watchdog is not None:
+            self.watchdog.close()
         if self.record is not None:
             self.record.end(self._code if error is not None else 0)
             if not self.has_watcher:
@@ -149,7 +151,9 @@ class Guard:
         self._code = fault.code
         is_secondary = fault.rank != self.rank and fault.detected_by != self.rank
         if self.places is not None and (self.world_size > 1 or not explained or phases.current() != 'start') and fault.code != 0:
-            bundle.write_bundle(self.places, fault=fault, code=fault.code, live=self.live, error=error, explained=explained, peers=courier.remote_ranks(self.live))
+            bundle.write_bundle(
+                self.places, fault=fault, code=fault.code, live=self.live, error=error, explained=explained, peers=courier.remote_ranks(self.live), waiting_in=self._left_waiting,
+            )
         if self.world_size == 1:
             _print_alone(error, explained)
         if explained:
@@ -169,8 +173,10 @@ class Guard:
                 self.courier.exchange_now(_OTHERS_WORD_S / 2)
             other = faults.wait_for_fault_of_another(self.live, self.rank, _OTHERS_WORD_S if lost_connection else _OTHERS_WORD_S / 2)
             if other is None and lost_connection:
+                self._left_waiting = f'{described["innermost"].rpartition(" ")[2]}, called at {described["place"]}'
                 other = self._find_culprit()
-                other = None if other.rank == self.rank else faults.publish(self.live, other)
+                is_hang = other.rank != self.rank or (other.kind == 'hang' and 'imed out' in str(error))
+                other = faults.publish(self.live, other) if is_hang else None
             if other is not None:
                 return other
         if code == 0:
@@ -233,7 +239,11 @@ class Guard:
     def _find_culprit(self) -> Fault:
         if self.courier is not None:
             self.courier.exchange_now(1.0)
-        return inquiry.find_culprit(self.live, self.host, courier.remote_ranks(self.live))
+        found = inquiry.find_culprit(self.live, self.host, courier.remote_ranks(self.live), self._left_waiting)
+        if found.rank == self.rank and self.world_size > dist.get_local_world_size():
+            # Nobody on this node is behind; a node with a rank that is says so in the same moments.
+            found = faults.wait_for_fault_of_another(self.live, self.rank, _OTHER_NODES_WORD_S) or found
+        return found
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
