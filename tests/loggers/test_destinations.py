@@ -60,7 +60,7 @@ def test_jsonl(run: Any) -> None:
 
 
 def test_file(run: Any) -> None:
-    lines = [line for line in (run[0] / 'log.txt').read_text().splitlines() if LOSS in line]
+    lines = [line for line in (run[0] / 'log.txt').read_text().splitlines() if line.startswith('[metric]') and LOSS in line]
     assert len(lines) == 3 and f'{run[1][0]:.4f}' in lines[0]
 
 
