@@ -35,6 +35,8 @@ def own_callbacks(cfg: TrainConfig) -> list[Callback]:
         callbacks.append(MicrobatchMemory(cfg.device_train_batch_size))
     if recomputes_unsharded(cfg.fsdp_config, dist.get_world_size()):
         callbacks.append(ActivationRecompute())
+    if dist.get_world_size() > 1 and (cfg.tp_config or {}).get('tensor_parallel_degree', 1) > 1:
+        callbacks.append(resolve_target('llmfoundry.callbacks.tensor_parallel_gradients:TensorParallelGradients')())
     if cfg.save_folder is not None and MLFLOW_ARTIFACTS not in cfg.save_folder:
         callbacks.append(_checkpoint_saver(cfg))
     if cfg.save_folder is not None and (cfg.model.get('peft_config') or cfg.model.get('pretrained_lora_id_or_path')):

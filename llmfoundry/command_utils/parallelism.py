@@ -7,16 +7,15 @@ several processes we build Composer's FSDP2 config (see ``sharding``), the same 
 from __future__ import annotations
 
 import contextlib
-import warnings
 from dataclasses import dataclass
 from typing import Any, ContextManager, Mapping
 
 import torch
 
-from llmfoundry import builders, dist
+from llmfoundry import dist
 from llmfoundry.command_utils.sharding import build_sharding_config, keep_master_weights_dtype, shards_nothing
+from llmfoundry.command_utils.tensor_parallel import split_layers, tensor_parallel_degree
 from llmfoundry.errors import ConfigError, ConfigProblem
-from llmfoundry.experimental import ExperimentalWarning
 from llmfoundry.models.meta_device import init_empty_weights
 
 __all__ = ['Placement', 'build_parallelism_config', 'process_init_device', 'recomputes_unsharded', 'resolve_placement']
@@ -122,27 +121,20 @@ def process_init_device(model_cfg: dict[str, Any], fsdp_config: dict[str, Any] |
 
 
 def build_parallelism_config(placement: Placement, model: Any) -> tuple[dict[str, Any] | None, list[str]]:
-    """Composer's ``parallelism_config`` for a built model, or None for DDP and single processes, and notes.
+    """Composer's ``parallelism_config`` for a built model, whose layers are split here if ``tp_config`` says so, or None for DDP and single processes; and notes.
 
     Raises:
         ConfigError: settings that FSDP2 or tensor parallelism does not have.
     """
     config: dict[str, Any] = {}
     notes: list[str] = []
+    degree = tensor_parallel_degree(placement.tp_config, dist.get_world_size(), sharded=placement.fsdp_config is not None)
     if placement.fsdp_config is not None:
         config['fsdp'], notes = build_sharding_config(
-            placement.fsdp_config, data_ranks=dist.get_world_size(), local_world_size=dist.get_local_world_size(), has_cuda=torch.cuda.is_available(),
+            placement.fsdp_config, data_ranks=dist.get_world_size() // degree, local_world_size=dist.get_local_world_size(), has_cuda=torch.cuda.is_available(),
         )
-    if placement.tp_config is not None:
-        config['tp'] = _tensor_parallel(placement.tp_config, model)
+        if degree > 1 and config['fsdp'].replicas is not None:
+            raise ConfigError([ConfigProblem('tp_config', 'is not available together with replicas (HYBRID_SHARD, data_parallel_replicate_degree); use FULL_SHARD')])
+    if degree > 1:
+        config['tp'] = split_layers(placement.tp_config, model, degree)
     return config or None, notes
-
-
-def _tensor_parallel(tp_config: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    missing = [k for k in ('strategy', 'tensor_parallel_degree') if k not in tp_config]
-    if missing:
-        raise ConfigError([ConfigProblem('tp_config', f'needs {" and ".join(missing)}')])
-    warnings.warn(ExperimentalWarning('Tensor parallelism'), stacklevel=2)
-    warnings.warn('Tensor parallelism does not support saving and loading checkpoints yet.', stacklevel=2)
-    plan = builders.build_tp_strategies(tp_config['strategy'], model)
-    return {**{k: v for k, v in tp_config.items() if k != 'strategy'}, 'layer_plan': plan}

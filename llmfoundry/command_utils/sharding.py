@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Mapping
 
 from composer.utils.parallelism import FSDP2Config
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from llmfoundry import builders
 from llmfoundry.config.moe_mesh import moe_device_mesh
 from llmfoundry.errors import ConfigError, ConfigProblem
 from llmfoundry.gloo_average import fix_cpu_events
 
-__all__ = ['ShardingConfig', 'build_sharding_config', 'fsdp2_settings', 'keep_master_weights_dtype', 'shards_nothing', 'sharding_degrees']
+__all__ = ['ShardingConfig', 'build_sharding_config', 'fsdp2_settings', 'keep_master_weights_dtype', 'let_adapters_generate', 'shards_nothing', 'sharding_degrees']
 
 # sharding_strategy -> whether a layer's gathered weights are freed after its forward pass. NO_SHARD never comes here: it is DDP.
 RESHARD_AFTER_FORWARD = {'FULL_SHARD': True, 'SHARD_GRAD_OP': False, 'HYBRID_SHARD': True, '_HYBRID_SHARD_ZERO2': False}
@@ -186,3 +187,10 @@ def build_sharding_config(fsdp_config: Mapping[str, Any], *, data_ranks: int, lo
             **settings, replicas=replicas, planner_to_load=_planner(fsdp_config, 'load_planner'), planner_to_save=_planner(fsdp_config, 'save_planner'),
         )
     return config, notes
+
+
+def let_adapters_generate(model: Any) -> None:
+    """Lets a sharded model with an adapter generate. PEFT passes ``generate`` on to the base model, below the module at which FSDP2 would gather the embedding and the head."""
+    inner = getattr(model, 'model', None)
+    if isinstance(inner, FSDPModule) and getattr(model, 'using_peft', False) and callable(getattr(inner, 'generate', None)):
+        register_fsdp_forward_method(inner, 'generate')

@@ -29,6 +29,7 @@ from llmfoundry.command_utils.parallelism import Placement
 from llmfoundry.command_utils.remote_resumption import forget_downloads
 from llmfoundry.command_utils.resumption import settle_start
 from llmfoundry.command_utils.save_folder import SaveNames, check_free_space, local_folder, prepare_save_folder
+from llmfoundry.command_utils.sharding import let_adapters_generate
 from llmfoundry.command_utils.train_setup import say
 from llmfoundry.config.train import TrainConfig
 from llmfoundry.errors import TRAIN_DATALOADER, BaseContextualError, ConfigError, ConfigProblem, DataError
@@ -192,6 +193,7 @@ def build_trainer(
         )  # fmt: skip
     forget_downloads()
     _restore_rng_in_mid_epoch(trainer)
+    let_adapters_generate(trainer.state.model)
     return trainer
 
 

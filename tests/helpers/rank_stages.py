@@ -28,6 +28,7 @@ PLUGIN = """
 import torch
 from composer import Callback
 from llmfoundry import dist
+from llmfoundry.models.layers.blocks import MPTBlock
 from llmfoundry.registry import callbacks, optimizers
 
 class SaveGradients(Callback):
@@ -45,7 +46,27 @@ class SaveGradients(Callback):
         if dist.get_global_rank() == 0:
             torch.save(grads, self.path)
 
+# Memory runs out on the last rank as soon as a microbatch has more than ``above`` samples; notes the size that the run took.
+class OutOfMemoryOnOneRank(Callback):
+    def __init__(self, above, path):
+        self.above, self.path, self.whole = above, path, MPTBlock.forward
+        if dist.get_global_rank() == dist.get_world_size() - 1:
+            MPTBlock.forward = self.forward_with_little_memory()
+
+    def forward_with_little_memory(self):
+        def forward(block, x, *args, **kwargs):
+            if x.shape[0] > self.above:
+                torch.empty(1 << 60)
+            return self.whole(block, x, *args, **kwargs)
+        return forward
+
+    def fit_end(self, state, logger):
+        MPTBlock.forward = self.whole
+        with open(f'{self.path}.{dist.get_global_rank()}', 'w') as out:
+            out.write(str(state.device_train_microbatch_size))
+
 callbacks.register('save_gradients', func=SaveGradients)
+callbacks.register('out_of_memory_on_one_rank', func=OutOfMemoryOnOneRank)
 # Plain gradient descent: Adam would hide a gradient that is too large by a factor.
 optimizers.register('sgd', func=torch.optim.SGD)
 """
