@@ -61,6 +61,7 @@ ERRORS = {
     'shared memory': (RuntimeError('DataLoader worker (pid 17) is killed by signal: Bus error. It is possible that insufficient shared memory'), 'shared memory full'),
     'disk': (OSError(28, 'No space left on device'), 'disk full'),
     'disk, behind another error': (_raised(RuntimeError('could not save'), OSError(28, 'No space left on device')), 'disk full'),
+    "disk, as torch's writer says it": (RuntimeError('[enforce fail at inline_container.cc:659] . unexpected pos 64 vs 0'), 'disk full'),
     'gloo, sizes': (RuntimeError('[enforce fail at ../third_party/gloo/gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 400 vs 28'), 'mismatched collective'),
     'gloo, closed': (RuntimeError('[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:17'), 'node lost'),
     'gloo, timeout': (RuntimeError('[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 8000ms for recv operation to complete'), 'node lost'),

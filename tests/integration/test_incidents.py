@@ -86,6 +86,9 @@ class Misbehave(Callback):
     def nan(self, state):
         next(m for m in state.model.modules() if isinstance(m, torch.nn.Linear)).register_forward_hook(lambda m, i, o: o * float('nan'))
 
+    def nothing(self, state):
+        pass
+
     def wait(self, state):
         for _ in range(600):
             time.sleep(0.1)
@@ -204,7 +207,7 @@ def _left_of(job: Job, folder: Path) -> list[str]:
             arguments = (entry / 'cmdline').read_bytes().decode(errors='replace')
         except OSError:
             continue
-        if fields[0] != 'Z' and (int(fields[3]) == job.pid or str(folder) in arguments):
+        if fields[0] != 'Z' and (int(fields[3]) == job.pid or f'{folder}/' in arguments):
             left.append(f'{entry.name} {arguments[:80]}')
     left += [str(p) for pattern in ('llmfoundry-incidents-*/live-*', 'llmfoundry-runs-*/run-*') for p in (folder / 'tmp').glob(pattern)]
     if (folder / 'fault.json').exists():
@@ -291,7 +294,7 @@ def test_one_block_for_an_error_of_the_config(launcher: WarmLauncher, data: Path
 def test_a_full_disk(launcher: WarmLauncher, data: Path, tmp_path: Path) -> None:
     """The save folder's disk takes neither the checkpoint nor the bundles; these go to the temp folder."""
     with small_disk(tmp_path / 'disk', '16m') as disk:
-        case = Case('none', 'disk full', 1, config={})
+        case = Case('nothing', 'disk full', 1, config={})
         (tmp_path / 'run/tmp').mkdir(parents=True)
         config = tiny_config(data, save_folder=str(disk), run_name='r', save_interval='1ba', dist_timeout=TIMEOUT_S, loggers={})
         (tmp_path / 'run/config.yaml').write_text(json.dumps(config))
@@ -304,8 +307,8 @@ def test_a_full_disk(launcher: WarmLauncher, data: Path, tmp_path: Path) -> None
 
 
 def test_a_run_that_ends_well_says_nothing_and_leaves_nothing(launcher: WarmLauncher, data: Path, tmp_path: Path) -> None:
-    job = _start(launcher, data, tmp_path / 'a', Case('none', '', 0))
-    alone = _start(launcher, data, tmp_path / 'b', Case('none', '', 0, ranks=None))
+    job = _start(launcher, data, tmp_path / 'a', Case('nothing', '', 0))
+    alone = _start(launcher, data, tmp_path / 'b', Case('nothing', '', 0, ranks=None))
     for one in (job, alone):
         assert one.wait(150) == 0, one.output()[-3000:]
         _wait_for(lambda one=one: not _left_of(one, one.folder), 15, one)

@@ -48,7 +48,8 @@ _DEVICE_MEMORY = re.compile(r'CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|HIP 
 _HOST_MEMORY = re.compile(r"can't allocate memory|Cannot allocate memory|not enough memory|std::bad_alloc", re.IGNORECASE)
 _WORKER_KILLED = re.compile(r'DataLoader worker \(pid.*?(is killed by signal: Killed|exited unexpectedly)', re.DOTALL)
 _SHARED_MEMORY = re.compile(r'insufficient shared memory|killed by signal: Bus error|No space left on device.*?/dev/shm|unable to (open|allocate) shared memory', re.DOTALL)
-_DISK_FULL = re.compile(r'No space left on device|Disk quota exceeded|\bENOSPC\b|\bEDQUOT\b')
+# torch's own writer of zip files says no more than that it could not write.
+_DISK_FULL = re.compile(r'No space left on device|Disk quota exceeded|\bENOSPC\b|\bEDQUOT\b|PytorchStreamWriter failed writing|enforce fail at inline_container.*unexpected pos')
 _DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 _MISMATCH = re.compile(
     r'op\.preamble\.length <= op\.nbytes|preamble.*nbytes|Detected mismatch between collectives|Collectives differ|Mismatch between collective operation types|tensor shapes? mismatch'

@@ -49,6 +49,7 @@ class Watcher:
         self.live, self.places = live, places
         self.launcher = (launcher, procs.start_ticks(launcher)) if launcher else None
         self.expected = dist.get_local_world_size()
+        self.known: dict[int, RankState] = {}
         self.fds: dict[int, int] = {}
         self.ended: dict[int, Fault | None] = {}
         self.memory: deque[dict[str, Any]] = deque(maxlen=_MEMORY_SAMPLES)
@@ -60,12 +61,13 @@ class Watcher:
         started, first_seen = time.monotonic(), None
         poller = select.poll()
         while True:
-            states = read_records(self.live)
+            self.known.update({state.rank: state for state in read_records(self.live)})
+            states = [self.known[rank] for rank in sorted(self.known)]
             for state in states:
                 self._look(state, poller)
             self._sample(states)
             missing = self.expected - len(states)
-            late = time.monotonic() - started > _LATE_S or (self.launcher is not None and not procs.is_alive(*self.launcher))
+            late = not self.live.exists() or time.monotonic() - started > _LATE_S or (self.launcher is not None and not procs.is_alive(*self.launcher))
             if len(self.ended) == len(states) and (missing <= 0 or late):
                 break
             if first_seen is None and first_fault(self.live) is not None:
