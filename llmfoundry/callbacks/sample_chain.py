@@ -6,6 +6,7 @@ Nothing is communicated during training: each rank keeps eight bytes and a count
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 # Steps that a run without checkpoints keeps before the ranks add them up.
 _MOST_PENDING = 4096
-IGNORE_KEY = 'state/callbacks/SampleChain*'
+IGNORE_VARIABLE = 'LLMFOUNDRY_IGNORE_SAMPLE_CHAIN'
 
 
 class SampleChain(Callback):
@@ -51,19 +52,23 @@ class SampleChain(Callback):
         if plan is None or loaded.last_step != int(state.timestamp.batch):
             log.info('The checkpoint has a chain of sample ids up to step %d, which is not where this run begins or not of this kind of data: it is not compared', loaded.last_step)
             return
-        difference = dist.on_rank_zero(lambda: explain_difference(loaded, plan))
+        difference, is_ignored = dist.on_rank_zero(lambda: (explain_difference(loaded, plan), bool(os.environ.get(IGNORE_VARIABLE))))
         self.record, self._plan = loaded, plan
-        if difference is not None and int(state.timestamp.batch_in_epoch) == 0:
+        if difference is None:
+            if loaded.skipped is not None:
+                log.info('Samples: steps %d to %d were trained on the samples that the %d ranks of this run would have taken', loaded.first_step + 1, loaded.last_step, dist.get_world_size())
+        elif int(state.timestamp.batch_in_epoch) == 0:
             # No epoch is left half done, so none is repeated; curricula, and callbacks that exchange the data, resume like this.
             log.warning('The epoch that begins has other samples than the one before the checkpoint had: %s', difference)
-        elif difference is not None:
+        elif is_ignored:
+            log.warning('%s is set, so training goes on in mid-epoch with other samples: %s', IGNORE_VARIABLE, difference)
+            self.record = ChainRecord(loaded.epoch, loaded.last_step, None, loaded.value, facts=_facts(plan))
+        else:
             raise DataError(
                 f'train_loader: the samples are not those that the checkpoint was trained on: {difference}\n'
-                'To go on exactly, restore what changed. To go on with other samples on purpose, add '
-                f"load_ignore_keys: ['{IGNORE_KEY}'] (training goes on at the same position), or load_weights_only: true (it begins anew)",
+                f'To go on exactly, restore what changed. To go on with other samples on purpose, set the environment variable {IGNORE_VARIABLE}=1 (training goes on at the same position in the data), '
+                'or use load_path and load_weights_only: true (the data begin anew)',
             )
-        elif loaded.skipped is not None:
-            log.info('Samples: steps %d to %d were trained on the same samples that the %d ranks of this run would have taken', loaded.first_step + 1, loaded.last_step, dist.get_world_size())
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Keeps the digest of this rank's part of the step."""
@@ -86,14 +91,17 @@ class SampleChain(Callback):
 
     def _turn_off(self) -> None:
         if dist.get_global_rank() == 0:
-            log.warning('The batches of this loader have no sample_ids, so a resumed run cannot check that it goes on with the same samples')
+            log.warning(
+                'train_loader: no chain of sample ids is kept, so a resumed run cannot check that it goes on with the same samples: the batches have no sample_ids (a loader or collator of a plug-in), or '
+                'their samples depend on the number of ranks (a batching_method other than random)',
+            )
         self._is_off, self.record, self._pending = True, None, []
 
     def _begin(self, plan: Any, first_step: int, skipped: int | None) -> None:
         """Begins the record of an epoch, which continues the chain."""
         self._add_up()
         before = self.record.value if self.record is not None else '00' * 16
-        self.record, self._plan = ChainRecord(plan.epoch_at_hand(), first_step, skipped, before, facts={**plan.facts(), **getattr(plan, 'in_force', {})}), plan
+        self.record, self._plan = ChainRecord(plan.epoch_at_hand(), first_step, skipped, before, facts=_facts(plan)), plan
 
     def _add_up(self) -> None:
         """Adds up the steps of all ranks. Collective where there is something to add, which every rank knows alike."""
@@ -119,7 +127,12 @@ class SampleChain(Callback):
         try:
             self._loaded = ChainRecord.from_text(state['record']) if state.get('record') else None
         except (ValueError, KeyError, TypeError) as e:
-            raise DataError(f"the chain of sample ids in the checkpoint is damaged: {e}. Resume from another checkpoint, or add load_ignore_keys: ['{IGNORE_KEY}']") from e
+            raise DataError(f"the chain of sample ids in the checkpoint is damaged: {e}. Resume from another checkpoint, or name this one as load_path with load_ignore_keys: ['state/callbacks/SampleChain*']") from e
+
+
+def _facts(plan: Any) -> dict[str, Any]:
+    """What the samples depend on, with the settings of the checkpoint where they win over the config's."""
+    return {**plan.facts(), **getattr(plan, 'in_force', {})}
 
 
 def _plan_of(state: State) -> Any:
