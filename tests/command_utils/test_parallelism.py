@@ -12,6 +12,7 @@ from llmfoundry import registry
 from llmfoundry.command_utils import sharding
 from llmfoundry.command_utils.parallelism import Placement, build_parallelism_config, recomputes_unsharded, resolve_placement
 from llmfoundry.command_utils.sharding import ShardingConfig, build_sharding_config, fsdp2_settings, keep_master_weights_dtype, sharding_degrees
+from llmfoundry.command_utils.tensor_parallel import tensor_parallel_degree
 from llmfoundry.errors import ConfigError
 
 FSDP = {'sharding_strategy': 'FULL_SHARD', 'mixed_precision': 'PURE', 'activation_checkpointing': True, 'activation_checkpointing_reentrant': False, 'limit_all_gathers': True}
@@ -157,16 +158,29 @@ def test_composer_gets_its_fsdp2_object() -> None:
 def test_planners_come_from_the_registries() -> None:
     from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 
-    registry.load_planners.register('partial', func=DefaultLoadPlanner)
-    registry.save_planners.register('plain', func=DefaultSavePlanner)
-    block = {'load_planner': {'partial': {'allow_partial_load': True}}, 'save_planner': {'plain': None}}
-    config, notes = build_sharding_config(block, data_ranks=4, local_world_size=4, has_cuda=False)
+    with registry.save_registry():
+        registry.load_planners.register('partial', func=DefaultLoadPlanner)
+        registry.save_planners.register('plain', func=DefaultSavePlanner)
+        block = {'load_planner': {'partial': {'allow_partial_load': True}}, 'save_planner': {'plain': None}}
+        config, notes = build_sharding_config(block, data_ranks=4, local_world_size=4, has_cuda=False)
     assert config.load_planner.allow_partial_load is True and isinstance(config.save_planner, DefaultSavePlanner) and notes == []
     for planner in ({'partial': {}, 'plain': {}}, {}, 'partial'):
         with pytest.raises(ConfigError, match='fsdp_config.load_planner: expected one entry name: arguments'):
             build_sharding_config({'load_planner': planner}, data_ranks=4, local_world_size=4, has_cuda=False)
 
 
-def test_tensor_parallelism_names_what_is_missing() -> None:
-    with pytest.raises(ConfigError, match='tp_config: needs tensor_parallel_degree'):
-        build_parallelism_config(Placement('cpu', None, {'strategy': 'ffn'}), model=None)
+def test_what_tensor_parallelism_needs() -> None:
+    whole = {'strategy': 'ffn', 'tensor_parallel_degree': 2}
+    assert tensor_parallel_degree(whole, 4, sharded=True) == 2 and tensor_parallel_degree(None, 4, sharded=False) == 1
+    assert tensor_parallel_degree({**whole, 'tensor_parallel_degree': 1}, 4, sharded=False) == 1
+    with pytest.raises(ValueError, match='tp_config: needs tensor_parallel_degree'):
+        tensor_parallel_degree({'strategy': 'ffn'}, 4, sharded=True)
+    with pytest.raises(ConfigError, match='tp_config.tensor_parallel_degree: 2 does not divide the 3 ranks'):
+        tensor_parallel_degree(whole, 3, sharded=True)
+    with pytest.raises(ConfigError, match='tp_config: needs an fsdp_config'):
+        tensor_parallel_degree(whole, 4, sharded=False)
+
+
+def test_one_process_has_no_tensor_parallelism() -> None:
+    placement = resolve_placement(None, FSDP, {'strategy': 'ffn', 'tensor_parallel_degree': 2}, world_size=1, rank=0, has_cuda=True)
+    assert placement.tp_config is None and placement.notes[0] == 'fsdp_config and tp_config: not used in a run of one process, but for activation_checkpointing'
