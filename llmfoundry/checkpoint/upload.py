@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import posixpath
@@ -11,6 +12,7 @@ import huggingface_hub
 import torch
 import transformers
 
+from llmfoundry.data.network_faults import with_retries
 from llmfoundry.errors import ParityError
 
 __all__ = ['check_uploaded_model', 'fetch_license', 'upload_folder', 'upload_to_hub']
@@ -19,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def upload_folder(folder: Path, uri: str) -> None:
-    """Copies every file of ``folder`` below ``uri`` with Composer's object store client; config.json last, so that a broken upload does not look like a model.
+    """Copies every file of ``folder`` below ``uri`` with Composer's object store client; config.json last, so that a broken upload does not look like a model. Faults of the network are outlived.
 
     Raises:
         ValueError: ``uri`` is a local path.
@@ -33,7 +35,7 @@ def upload_folder(folder: Path, uri: str) -> None:
     for path in files:
         name = posixpath.join(prefix, path.relative_to(folder).as_posix())
         log.info(f'Uploading {path.name} to {uri}')
-        store.upload_object(name, str(path))
+        with_retries(functools.partial(store.upload_object, name, str(path)), f'uploading {name} to {uri}')
 
 
 def upload_to_hub(folder: Path, repo: str) -> str:

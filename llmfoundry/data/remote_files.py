@@ -14,6 +14,8 @@ import tempfile
 import urllib.parse
 from typing import Any, Iterator
 
+from llmfoundry.data.network_faults import with_retries
+
 __all__ = ['fetch', 'filesystem', 'is_remote', 'join', 'list_files', 'local_copy', 'object_store']
 
 
@@ -56,6 +58,10 @@ def object_store(uri: str) -> tuple[Any, str]:
 
 def list_files(uri: str, patterns: tuple[str, ...]) -> list[tuple[str, int]]:
     """URIs and sizes of all files below ``uri`` whose names match one of ``patterns``, sorted; ``uri`` itself if it is a file."""
+    return with_retries(lambda: _list_files(uri, patterns), f'listing {uri}', attempts=4)
+
+
+def _list_files(uri: str, patterns: tuple[str, ...]) -> list[tuple[str, int]]:
     found = filesystem(uri)
     if found is not None:
         fs, path = found
@@ -74,7 +80,11 @@ def list_files(uri: str, patterns: tuple[str, ...]) -> list[tuple[str, int]]:
 
 
 def fetch(uri: str, path: str) -> None:
-    """Downloads one file."""
+    """Downloads one file; faults of the network are outlived."""
+    with_retries(lambda: _fetch(uri, path), f'downloading {uri}', attempts=4)
+
+
+def _fetch(uri: str, path: str) -> None:
     found = filesystem(uri)
     if found is not None:
         found[0].get_file(found[1], path)

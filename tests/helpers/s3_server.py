@@ -95,7 +95,7 @@ class Rule:
         status: answer with this status (an S3 error) instead of asking the server.
         cut_after: pass the body of the answer (of the request, for a PUT) on up to this many bytes, then close the connection.
         delay_s: seconds before the answer.
-        hold: keep the request until ``FaultyProxy.release`` is called; the server does not see it before.
+        hold: read the request and never answer it; the server does not see it.
     """
 
     method: str
@@ -116,10 +116,10 @@ class FaultyProxy:
         self.rules: list[Rule] = []
         self.requests: list[tuple[str, str]] = []
         self.held = threading.Event()
-        self._released = threading.Event()
+        self._closed = threading.Event()
         self._lock = threading.Lock()
         handler = type('Handler', (_Handler,), {'proxy': self})
-        self._http = ThreadingHTTPServer(('127.0.0.1', 0), handler)
+        self._http = _QuietServer(('127.0.0.1', 0), handler)
         self._http.daemon_threads = True
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
@@ -133,10 +133,6 @@ class FaultyProxy:
         with self._lock:
             self.rules += rules
 
-    def release(self) -> None:
-        """Lets held requests go on."""
-        self._released.set()
-
     def rule_for(self, method: str, path: str) -> Rule | None:
         with self._lock:
             self.requests.append((method, path))
@@ -146,15 +142,22 @@ class FaultyProxy:
                     return rule
         return None
 
-    def wait_released(self) -> None:
+    def hold_until_closed(self) -> None:
         self.held.set()
-        self._released.wait(120)
+        self._closed.wait(600)
 
     def close(self) -> None:
-        self._released.set()
+        self._closed.set()
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
+
+
+class _QuietServer(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that were killed, or hung up on, are what the proxy is for."""
+        if not isinstance(sys.exc_info()[1], ConnectionError | ValueError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -175,7 +178,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
         body = self._read_body()
         if rule is not None and rule.hold:
-            self.proxy.wait_released()
+            self.proxy.hold_until_closed()
+            self._hang_up()
+            return
         if rule is not None and rule.delay_s:
             time.sleep(rule.delay_s)
         if rule is not None and rule.status is not None:
