@@ -142,7 +142,7 @@ def _killed(first: Bundle, fault: Mapping[str, Any], memory_killed: bool) -> tup
         ('the cgroup', None if memory.get('cgroup_used') is None else memory['cgroup_limit'] - memory['cgroup_used'], memory.get('cgroup_limit')),
     ):
         if free is not None and total and free < _NEAR_LIMIT * total:
-            return 'out of host memory', f'{how}, with {free / 2**30:.1f} of {total / 2**30:.1f} GiB of {name} left: most likely by the kernel for want of memory'
+            return 'out of host memory', f'{how}, with {free / 2**30:.1f} of {total / 2**30:.1f} GiB of {name} left: most likely for want of memory'
     return 'killed', f'{how}; memory was not short'
 
 
