@@ -55,8 +55,8 @@ class Cluster:
 
     def __init__(self, folder: Path, num_nodes: int) -> None:
         self.folder = folder
-        # Node 0 has the one name that resolves everywhere, since its name becomes MASTER_ADDR.
-        self.names = ['localhost', *(f'node{i}' for i in range(1, num_nodes))]
+        # Names that resolve everywhere, since that of node 0 becomes MASTER_ADDR.
+        self.names = [f'127.0.0.{i + 1}' for i in range(num_nodes)]
         self.environment = {'SLURM_CONF': str(folder / 'slurm.conf')}
         self._daemons: list[subprocess.Popen] = []
 
