@@ -13,12 +13,13 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 from tests.helpers.train_runs import losses_in, make_data, tiny_config
+from tests.helpers.warm_launcher import WarmLauncher
 from tests.helpers.workspace import command_environment
 
-__all__ = ['SAVE_EVERY', 'STEPS', 'Job', 'JobFailed', 'NotInjected', 'base_config', 'final_digest', 'make_campaign_data']
+__all__ = ['SAVE_EVERY', 'STEPS', 'Job', 'JobFailed', 'NotInjected', 'base_config', 'final_digest', 'make_campaign_data', 'parent_of']
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 40
@@ -65,29 +66,44 @@ class Job:
         config: see ``base_config``.
         ranks: processes, started by the ``composer`` launcher; 0 starts ``python train.py``.
         environment: further variables.
+        launcher: forks the processes from one that has imported torch; without it each start is a command of its own, and takes several times as long.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], ranks: int = 2, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], ranks: int = 2, environment: dict[str, str] | None = None, launcher: WarmLauncher | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.ranks = folder, ranks
+        self.folder, self.ranks, self.launcher = folder, ranks, launcher
         self.config = {'save_folder': str(folder / 'ckpt'), **config}
         self.mark = uuid.uuid4().hex
         tmp = folder / 'tmp'
         tmp.mkdir(exist_ok=True)
-        self.environment = command_environment(**{_MARK: self.mark, 'TMPDIR': str(tmp), 'OMP_NUM_THREADS': '1', **(environment or {})})
-        self.process: subprocess.Popen | None = None
+        self.variables = {_MARK: self.mark, 'TMPDIR': str(tmp), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', **(environment or {})}
+        self.pid = 0
         self.output = ''
 
     def start(self) -> None:
-        """Starts the command in a process group of its own."""
+        """Starts the command in a session of its own."""
         path = self.folder / 'config.yaml'
         path.write_text(json.dumps({**self.config, 'loggers': {'jsonl': {'path': str(self.folder / 'metrics.jsonl')}}}))
-        start = [str(Path(sys.executable).parent / 'composer'), '-n', str(self.ranks)] if self.ranks else [sys.executable]
         self._begin = (self.folder / 'out.txt').stat().st_size if (self.folder / 'out.txt').exists() else 0
+        if self.launcher is not None:
+            self._warm = self.launcher.start(self.folder, [str(path)], self.ranks or None, **self.variables)
+            self.pid = self._warm.pid
+            return
+        start = [str(Path(sys.executable).parent / 'composer'), '-n', str(self.ranks)] if self.ranks else [sys.executable]
         with (self.folder / 'out.txt').open('a') as out:
-            self.process = subprocess.Popen(
-                [*start, str(ROOT / 'scripts/train/train.py'), str(path)], cwd=self.folder, env=self.environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            self._process = subprocess.Popen(
+                [*start, str(ROOT / 'scripts/train/train.py'), str(path)], cwd=self.folder, env=command_environment(**self.variables), stdout=out, stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
+        self.pid = self._process.pid
+
+    def code(self) -> int | None:
+        """Exit code of the command, as a shell says it; None while it runs."""
+        if self.launcher is not None:
+            self.launcher.collect(0)
+            return self._warm.code
+        code = self._process.poll()
+        return code if code is None or code >= 0 else 128 - code
 
     def wait(self) -> int:
         """Waits for the end of the run and of every process of it; returns the exit code of the command.
@@ -95,25 +111,22 @@ class Job:
         Raises:
             JobFailed: it did not end in time.
         """
-        assert self.process is not None
-        try:
-            code = self.process.wait(END_TIMEOUT_S + START_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            said = self.said()[-1500:]
-            self.kill_everything()
-            raise JobFailed(f'the run did not end; it said ...{said}') from None
-        deadline = time.monotonic() + END_TIMEOUT_S
-        while self.pids() and time.monotonic() < deadline:
-            time.sleep(0.2)
+        deadline = time.monotonic() + START_TIMEOUT_S + END_TIMEOUT_S
+        while (code := self.code()) is None or self.pids():
+            if time.monotonic() > deadline:
+                said = self.said()[-1500:]
+                left = self.pids()
+                self.kill_everything()
+                raise JobFailed(f'processes {left} of the run did not end (exit code {code}); it said ...{said}')
+            time.sleep(0.05)
         self.output = self.said()
         return code
 
     def kill_everything(self) -> None:
+        """SIGKILL to every process, as when a machine goes away."""
         for pid in self.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        if self.process is not None:
-            self.process.wait()
 
     def said(self) -> str:
         """The output since the last start."""
@@ -132,11 +145,10 @@ class Job:
             NotInjected: the run ended first.
             JobFailed: neither happened in time.
         """
-        assert self.process is not None
         deadline = time.monotonic() + START_TIMEOUT_S
         while not (value := condition()):
-            if self.process.poll() is not None:
-                raise NotInjected(f'the run ended with {self.process.returncode} before {what}: {self.said()[-800:]}')
+            if (code := self.code()) is not None:
+                raise NotInjected(f'the run ended with {code} before {what}: {self.said()[-800:]}')
             if time.monotonic() > deadline:
                 raise JobFailed(f'{what} never came: {self.said()[-1500:]}')
             time.sleep(0.001)
@@ -146,29 +158,28 @@ class Job:
         self.wait_until(lambda: self.step() >= step, f'step {step}')
 
     def pids(self) -> list[int]:
-        """Every process of this job that is alive, whoever its parent is now."""
-        return [pid for pid, _ in self._processes()]
+        """Every process of this job that is alive: those of its session, and those that carry its mark."""
+        found = []
+        for entry in Path('/proc').iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError, IndexError):
+                    state, _, _, session = (entry / 'stat').read_text().rpartition(')')[2].split()[:4]
+                    if state != 'Z' and (int(session) == self.pid or self.mark.encode() in (entry / 'environ').read_bytes()):
+                        found.append(int(entry.name))
+        return found
 
     def rank_pid(self, rank: int) -> int:
-        """The process of a rank (not its loader workers).
+        """The process of a rank; the launcher starts them in order.
 
         Raises:
             NotInjected: there is none.
         """
-        found = [pid for pid, environ in self._processes() if environ.get('RANK') == str(rank) and _is_training(pid)]
-        if not found:
+        if not self.ranks:
+            return self.pid
+        found = sorted(pid for pid in self.pids() if parent_of(pid) == self.pid)
+        if len(found) <= rank:
             raise NotInjected(f'no process of rank {rank}')
-        return min(found)
-
-    def _processes(self) -> Iterator[tuple[int, dict[str, str]]]:
-        for entry in Path('/proc').iterdir():
-            if not entry.name.isdigit():
-                continue
-            with contextlib.suppress(OSError, IndexError):
-                environ = dict(item.split('=', 1) for item in (entry / 'environ').read_bytes().decode(errors='replace').split('\0') if '=' in item)
-                state = (entry / 'stat').read_text().rpartition(')')[2].split()[0]
-                if environ.get(_MARK) == self.mark and state != 'Z':
-                    yield int(entry.name), environ
+        return found[rank]
 
     def leftovers(self) -> list[str]:
         """What a finished run should have taken with it: processes, shared memory, lock files, unfinished checkpoints."""
@@ -191,9 +202,11 @@ class Job:
         return found
 
 
-def _is_training(pid: int) -> bool:
-    command = Path(f'/proc/{pid}/cmdline').read_bytes().split(b'\0')
-    return any(part.endswith(b'train.py') for part in command) and b'composer' not in command[1]
+def parent_of(pid: int) -> int:
+    """The parent of a process, -1 if it has ended."""
+    with contextlib.suppress(OSError, IndexError):
+        return int(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[1])
+    return -1
 
 
 def final_digest(folder: Path, sharded: bool) -> str:

@@ -16,9 +16,10 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
-from tests.faults.jobs import SAVE_EVERY, STEPS, Job, base_config, final_digest
+from tests.faults.jobs import SAVE_EVERY, STEPS, Job, base_config, final_digest, parent_of
+from tests.helpers.warm_launcher import WarmLauncher
 
 __all__ = ['KINDS', 'Campaign', 'Failed', 'Fault', 'Outcome', 'Skipped']
 
@@ -41,6 +42,10 @@ class Campaign:
     data: Path
     digests: dict[bool, str]
     rng: random.Random
+    launcher: WarmLauncher | None = None
+
+    def job(self, folder: Path, config: dict[str, Any], ranks: int = 2, environment: dict[str, str] | None = None) -> Job:
+        return Job(folder, config, ranks, environment, self.launcher)
 
 
 @dataclass
@@ -66,7 +71,7 @@ class Fault:
 
 def cause_of(output: str) -> str:
     """The line of the output that says what happened: the class of the summary, else our error block, else the last exception."""
-    for pattern in (r'^.*\bclass(?:ified as)?: (.+)$', r'^ERROR[^\n]*: (\w+[^\n]*\n[^\n]+)', r'^(autoresume: [^\n]+)$', r'^(\w*(?:Error|Exception): [^\n]+)$'):
+    for pattern in (r'^class: +(.+)$', r'^ERROR[^\n]*: (\w+[^\n]*\n[^\n]+)', r'^(autoresume: [^\n]+)$', r'^(\w*(?:Error|Exception): [^\n]+)$'):
         found = re.findall(pattern, output, re.MULTILINE)
         if found:
             return ' '.join(found[0].split())[:160]
@@ -116,12 +121,12 @@ def signalled(who: str, number: signal.Signals, sharded: bool = False, ranks: in
     """A signal to a rank, the launcher or everything, at a random step; ``SIGSTOP`` stalls instead of killing."""
 
     def produce(campaign: Campaign, folder: Path) -> Outcome:
-        job = Job(folder, base_config(campaign.data, sharded), ranks)
+        job = campaign.job(folder, base_config(campaign.data, sharded), ranks)
         step = _random_step(campaign)
         outcome = Outcome(f'{_SIGNALS[number]} of {who}', f'step {step}')
         job.start()
         job.wait_for_step(0)
-        target = {'rank 0': lambda: job.rank_pid(0), 'rank 1': lambda: job.rank_pid(1)}.get(who, lambda: job.process.pid)()  # type: ignore[union-attr]
+        target = {'rank 0': lambda: job.rank_pid(0), 'rank 1': lambda: job.rank_pid(1)}.get(who, lambda: job.pid)()
         job.wait_for_step(step)
         (os.killpg if who == 'all processes' else os.kill)(target, number)
         _after_death(job, outcome)
@@ -134,7 +139,7 @@ def signalled(who: str, number: signal.Signals, sharded: bool = False, ranks: in
 
 def killed_while_starting(campaign: Campaign, folder: Path) -> Outcome:
     """All processes, somewhere between the start of the command and the first steps."""
-    job = Job(folder, base_config(campaign.data))
+    job = campaign.job(folder, base_config(campaign.data))
     seconds = campaign.rng.uniform(2, 20)
     outcome = Outcome('kill -9 of all processes while starting', f'{seconds:.1f} s')
     job.start()
@@ -148,7 +153,7 @@ def killed_while_starting(campaign: Campaign, folder: Path) -> Outcome:
 
 def killed_twice(campaign: Campaign, folder: Path) -> Outcome:
     """Again while it resumes, and once more after it."""
-    job = Job(folder, base_config(campaign.data))
+    job = campaign.job(folder, base_config(campaign.data))
     steps = sorted(campaign.rng.sample(range(SAVE_EVERY, STEPS - 4), 2))
     outcome = Outcome('kill -9 of all processes, three times', f'step {steps[0]}, while resuming, step {steps[1]}')
     for step in (steps[0], None, steps[1]):
@@ -168,7 +173,7 @@ def killed_in_write(sharded: bool, who: str) -> Callable[[Campaign, Path], Outco
     """At the moment at which an unfinished checkpoint is on the disk."""
 
     def produce(campaign: Campaign, folder: Path) -> Outcome:
-        job = Job(folder, base_config(campaign.data, sharded))
+        job = campaign.job(folder, base_config(campaign.data, sharded))
         step = SAVE_EVERY * campaign.rng.randint(1, STEPS // SAVE_EVERY - 1)
         outcome = Outcome(f'kill -9 of {who} while a {"sharded " if sharded else ""}checkpoint is written', f'step {step}')
         save_folder = Path(job.config['save_folder'])
@@ -202,7 +207,7 @@ def full_disk(sharded: bool) -> Callable[[Campaign, Path], Outcome]:
         megabytes = campaign.rng.randint(15, 45)
         with _tmpfs(disk, megabytes):
             config = base_config(campaign.data, sharded, save_folder=str(disk / 'ckpt'), save_num_checkpoints_to_keep=-1)
-            job = Job(folder, config)
+            job = campaign.job(folder, config)
             outcome = Outcome(f'full disk{" (sharded)" if sharded else ""}', f'{megabytes} MB')
             job.start()
             _after_death(job, outcome)
@@ -235,7 +240,7 @@ def damaged_shard(how: str) -> Callable[[Campaign, Path], Outcome]:
     def produce(campaign: Campaign, folder: Path) -> Outcome:
         folder.mkdir(parents=True)
         data = shutil.copytree(campaign.data, folder / 'data')
-        job = Job(folder, base_config(data))
+        job = campaign.job(folder, base_config(data))
         step = _random_step(campaign, first=SAVE_EVERY + 1, last=12)  # in the first epoch, so that the shard is still to be read
         shard = campaign.rng.choice(sorted((data / 'train').glob('shard.*')))
         outcome = Outcome(f'{how} data shard', f'step {step}, {shard.name}')
@@ -274,7 +279,7 @@ def damaged_checkpoint(how: str, sharded: bool = False, which: str = '*') -> Cal
     """The newest checkpoint is damaged while the run is down; the resume must say so and go on from the one before (or notice nothing because nothing that is read has changed)."""
 
     def produce(campaign: Campaign, folder: Path) -> Outcome:
-        job = Job(folder, base_config(campaign.data, sharded))
+        job = campaign.job(folder, base_config(campaign.data, sharded))
         step = _random_step(campaign, first=2 * SAVE_EVERY + 2)
         job.start()
         job.wait_for_step(step)
@@ -304,7 +309,7 @@ def _checkpoints(folder: Path, sharded: bool) -> list[Path]:
 
 def lost_latest(campaign: Campaign, folder: Path) -> Outcome:
     """``latest`` names a checkpoint that is not there."""
-    job = Job(folder, base_config(campaign.data))
+    job = campaign.job(folder, base_config(campaign.data))
     step = _random_step(campaign, first=2 * SAVE_EVERY + 2)
     outcome = Outcome('latest names a file that is gone', f'step {step}')
     job.start()
@@ -323,13 +328,13 @@ def stalled_worker(campaign: Campaign, folder: Path) -> Outcome:
     """The process that reads the data stops for good."""
     config = base_config(campaign.data)
     config['train_loader'] |= {'num_workers': 1, 'prefetch_factor': 1}
-    job = Job(folder, config)
+    job = campaign.job(folder, config)
     step = _random_step(campaign)
     outcome = Outcome('stalled reader (SIGSTOP of a loader worker)', f'step {step}')
     job.start()
     job.wait_for_step(step)
     rank = job.rank_pid(1)
-    workers = [pid for pid in job.pids() if _parent(pid) == rank and _is_python(pid)]
+    workers = [pid for pid in job.pids() if parent_of(pid) == rank and _is_python(pid)]
     if not workers:
         raise Skipped('no loader worker found')
     for pid in workers:
@@ -341,12 +346,6 @@ def stalled_worker(campaign: Campaign, folder: Path) -> Outcome:
     return outcome
 
 
-def _parent(pid: int) -> int:
-    with contextlib.suppress(OSError):
-        return int(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[1])
-    return -1
-
-
 def _is_python(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return b'resource_tracker' not in Path(f'/proc/{pid}/cmdline').read_bytes()
@@ -355,7 +354,7 @@ def _is_python(pid: int) -> bool:
 
 def short_stall(campaign: Campaign, folder: Path) -> Outcome:
     """A rank stands still for less than the time limit: nothing may happen."""
-    job = Job(folder, base_config(campaign.data))
+    job = campaign.job(folder, base_config(campaign.data))
     step = _random_step(campaign)
     outcome = Outcome('rank 1 stands still for 4 s', f'step {step}')
     job.start()

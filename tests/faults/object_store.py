@@ -29,7 +29,7 @@ def _store(campaign: Campaign, folder: Path) -> Iterator[Store]:
             server.client().upload_file(str(path), server.bucket, f'data/train/{path.name}')
         config = base_config(campaign.data, save_folder=f's3://{server.bucket}/ckpt')
         config['train_loader']['dataset'] |= {'remote': f's3://{server.bucket}/data', 'local': str(folder / 'cache')}
-        yield Store(server, proxy, Job(folder, config, environment=proxy.environment))
+        yield Store(server, proxy, campaign.job(folder, config, environment=proxy.environment))
 
 
 def _check(campaign: Campaign, store: Store, folder: Path) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Iterator
 
 import pytest
 
 from tests.faults.campaign import Campaign, prepare, produce, table
 from tests.faults.kinds import KINDS
 from tests.faults.object_store import OBJECT_STORE_KINDS
+from tests.helpers.warm_launcher import WarmLauncher
 
 FEW = ('kill rank 1', 'kill all in a write', 'flipped bit in a checkpoint')
 
 
 @pytest.fixture(scope='module')
-def campaign(tmp_path_factory: pytest.TempPathFactory) -> Campaign:
-    return prepare(tmp_path_factory.mktemp('faults'), sharded=False)
+def campaign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
+    with WarmLauncher() as launcher:
+        yield prepare(tmp_path_factory.mktemp('faults'), sharded=False, launcher=launcher)
 
 
 @pytest.mark.parametrize('name', FEW)
