@@ -1,4 +1,4 @@
-"""mono_checkpoint_saver: one whole file from two FSDP2 ranks whose own checkpoints are sharded, which one process resumes from."""
+"""mono_checkpoint_saver: what is in its files, where they go, and what they do not replace (sharded runs: test_two_ranks)."""
 
 from __future__ import annotations
 
@@ -11,37 +11,6 @@ from composer.core import Timestamp
 
 from llmfoundry.callbacks.monolithic_ckpt_callback import MonolithicCheckpointSaver
 from llmfoundry.errors import CheckpointError
-from tests.helpers.train_runs import losses_in, make_data, run_config, start_training, tiny_config, train_losses
-
-
-@pytest.fixture(scope='module')
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, dict[int, float]]:
-    folder = tmp_path_factory.mktemp('mono')
-    config = tiny_config(make_data(folder / 'data'), max_duration='5ba')
-    config['model']['resid_pdrop'] = 0.0
-    sharded = {
-        **config, 'fsdp_config': {'state_dict_type': 'sharded'}, 'run_name': 'r', 'save_folder': str(folder / 'own'), 'save_interval': '5ba',
-        'callbacks': {'mono_checkpoint_saver': {'save_folder': f'{folder}/{{run_name}}/mono', 'batch_interval': 3, 'keep_optimizers': True}},
-    }  # fmt: skip
-    process = start_training(sharded, folder / 'run', ranks=2)
-    assert process.wait(600) == 0, (folder / 'run' / 'out.txt').read_text()[-3000:]
-    return config, folder, losses_in(folder / 'run')
-
-
-def test_files_are_whole(two_ranks: Any) -> None:
-    config, folder, _ = two_ranks
-    files = sorted((folder / 'r' / 'mono').iterdir())
-    assert [f.name for f in files] == ['ep0-ba3.pt', 'ep0-ba5.pt'], 'one at the interval, one at the end, and nothing unfinished'
-    weights = torch.load(files[0], map_location='cpu', weights_only=False)['state']['model']
-    assert weights['model.transformer.wte.weight'].shape == (config['model']['vocab_size'], config['model']['d_model'])
-    assert all(type(w) is torch.Tensor for w in weights.values())
-    assert list((folder / 'own').rglob('*.distcp')), "the run's own checkpoints are sharded all the same"
-
-
-def test_one_process_resumes_from_it(two_ranks: Any) -> None:
-    config, folder, losses = two_ranks
-    resumed = train_losses(run_config({**config, 'load_path': str(folder / 'r' / 'mono' / 'ep0-ba3.pt')}))
-    assert resumed == pytest.approx([losses[3], losses[4]], abs=1e-5)
 
 
 class _Fake:

@@ -61,10 +61,14 @@ def test_a_resumed_chain_is_the_uninterrupted_one(step: int) -> None:
     assert values[0] is not None and values[1] is not None and values[0].value == values[1].value
 
 
-def test_other_data_stop_in_mid_epoch_and_warn_between_epochs(caplog: pytest.LogCaptureFixture) -> None:
+def test_other_data_stop_in_mid_epoch_and_warn_between_epochs(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = train(SampleChain(), Data(), 0, 6).state_dict()
     with pytest.raises(DataError, match='the first step that differs is step 5 of the run'):
         resume(saved, Data(seed=1), 6, 2)
+    with monkeypatch.context() as patch:
+        patch.setenv('LLMFOUNDRY_IGNORE_SAMPLE_CHAIN', '1')
+        record = resume(saved, Data(seed=1), 6, 2).record
+    assert record is not None and (record.first_step, record.skipped, record.facts) == (6, None, {'shuffle_seed': 1}) and 'goes on in mid-epoch with other samples' in caplog.text
     resume(train(SampleChain(), Data(), 0, 8).state_dict(), Data(seed=1), 8, 0)
     assert 'The epoch that begins has other samples' in caplog.text
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import types
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +19,6 @@ from llmfoundry.callbacks.layer_freezing import LayerFreezing
 from llmfoundry.callbacks.run_timeout_callback import RunTimeoutCallback
 from llmfoundry.callbacks.scheduled_gc_callback import ScheduledGarbageCollector
 from llmfoundry.errors import ConfigError
-from llmfoundry.loggers.metrics_file import read_metrics
-from tests.helpers.train_runs import make_data, start_training, tiny_config
 
 pytestmark = pytest.mark.filterwarnings('ignore::llmfoundry.experimental.ExperimentalWarning')
 
@@ -62,27 +59,6 @@ def test_names_with_and_without_the_prefix_of_ddp() -> None:
     model = torch.nn.ModuleDict({'module': torch.nn.Linear(2, 2)})
     LayerFreezing(['weight', 'module.bias']).fit_start(types.SimpleNamespace(model=model), None)
     assert not any(p.requires_grad for p in model.parameters())
-
-
-def test_on_two_ranks_under_ddp(tmp_path: Path) -> None:
-    """The callbacks that touch parameters, the loss of each rank, and collectives: a run with all of them ends, and logs what it should."""
-    config = tiny_config(make_data(tmp_path / 'data'), max_duration='3ba', save_folder=str(tmp_path / 'saved'), save_interval='1ba', run_name='r', device_train_microbatch_size=2)
-    frozen = 'model.transformer.blocks.0.ffn.up_proj.weight'
-    config['callbacks'] = {
-        'layer_freezing': {'layer_names': [frozen]}, 'global_lr_scaling': {'lr_scale': 0.5}, 'scheduled_gc': {'batch_interval': 2}, 'fdiff_metrics': {'diff_train_metrics': True},
-        'kill_loss_spike': {'log_only': False}, 'memory_monitor': {'dist_aggregate_batch_interval': 1}, 'speed_monitor': {'window_size': 1}, 'lr_monitor': {},
-        'env_logging': {'workspace_dir': str(tmp_path)}, 'run_timeout': {},
-    }  # fmt: skip
-    process = start_training(config, tmp_path / 'run', ranks=2)
-    assert process.wait(600) == 0, (tmp_path / 'run' / 'out.txt').read_text()[-3000:]
-    metrics = tmp_path / 'run' / 'metrics.jsonl'
-    assert [value for _, value in read_metrics(metrics, 'lr-DecoupledAdamW/group0')] == pytest.approx([5e-3] * 3)
-    losses = [value for _, value in read_metrics(metrics, 'loss/train/total')]
-    assert len(losses) == 3 and len(read_metrics(metrics, 'throughput/device/mfu')) == 2 and len(read_metrics(metrics, 'loss/train/total_fdiff')) == 2
-    low, high = (read_metrics(metrics, f'memory/current_rss_mem_{end}')[0][1] for end in ('min', 'max'))
-    assert 0 < low <= high
-    first, last = (torch.load(tmp_path / 'saved' / f'ep0-ba{n}-rank0.pt', weights_only=False)['state']['model'] for n in (1, 3))
-    assert {name for name in first if torch.equal(first[name], last[name])} == {frozen}
 
 
 def _at(batch: int) -> Any:

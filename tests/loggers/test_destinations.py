@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import socket
@@ -38,8 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope='module')
-def run(folder: Path) -> tuple[Path, list[float]]:
-    """One run with all of them at once, and its losses."""
+def run(folder: Path) -> tuple[Path, list[float], dict[str, str]]:
+    """One run with all of them at once: its folder, its losses, and the tables that it kept in memory."""
     loggers: dict[str, Any] = {
         'inmemory': {}, 'tensorboard': {'log_dir': str(folder / 'tb')}, 'file': {'filename': str(folder / 'log.txt'), 'remote_file_name': 'log.txt'},
         'jsonl': {'path': str(folder / 'metrics.jsonl')},
@@ -51,8 +52,10 @@ def run(folder: Path) -> tuple[Path, list[float]]:
         }  # fmt: skip
     if HAS_WANDB:
         loggers['wandb'] = {'project': 'tiny', 'name': 'mine', 'init_kwargs': {'mode': 'offline', 'dir': str(folder)}}
-    config = tiny_config(make_data(folder / 'data'), max_duration='3ba', run_name='r', loggers=loggers, log_config=True)
-    return folder, train_losses(run_config(config))
+    generate = {'generate_callback': {'prompts': ['Emma'], 'interval': '3ba', 'max_new_tokens': 2}}
+    trainer = run_config(tiny_config(make_data(folder / 'data'), max_duration='3ba', run_name='r', loggers=loggers, log_config=True, callbacks=generate))
+    memory = next(d for d in trainer.logger.destinations if type(d).__name__ == 'InMemoryLogger')
+    return folder, train_losses(trainer), memory.tables
 
 
 def test_jsonl(run: Any) -> None:
@@ -62,6 +65,11 @@ def test_jsonl(run: Any) -> None:
 def test_file(run: Any) -> None:
     lines = [line for line in (run[0] / 'log.txt').read_text().splitlines() if line.startswith('[metric]') and LOSS in line]
     assert len(lines) == 3 and f'{run[1][0]:.4f}' in lines[0]
+
+
+def test_table_of_generations(run: Any) -> None:
+    table = json.loads(run[2]['generations'])
+    assert table['columns'] == ['prompt', 'generation'] and table['data'][0][0] == 'Emma' and len(table['data']) == 1
 
 
 def test_tensorboard(run: Any) -> None:
