@@ -142,6 +142,16 @@ def address_towards_master() -> str | None:
         return None
 
 
+def gloo_address() -> str | None:
+    """The address that gloo would give to other nodes by itself: what the host name resolves to, else loopback. None where GLOO_SOCKET_IFNAME decides."""
+    if os.environ.get('GLOO_SOCKET_IFNAME'):
+        return None
+    try:
+        return str(socket.getaddrinfo(socket.gethostname(), None)[0][4][0])
+    except OSError:
+        return '127.0.0.1'
+
+
 def choose_gloo_interface() -> str | None:
     """Lets gloo use the interface that leads to MASTER_ADDR, where there are several nodes and GLOO_SOCKET_IFNAME is not set; returns its name.
 

@@ -43,7 +43,7 @@ def gather_facts(cfg: TrainConfig) -> dict[str, Any]:
         'rank': dist.get_global_rank(), 'local_rank': dist.get_local_rank(), 'node_rank': dist.get_node_rank(), 'world_size': dist.get_world_size(),
         'local_world_size': dist.get_local_world_size(), 'host': socket.gethostname(), 'device': device_facts(dist.get_local_rank()), 'disk': disk_facts(folder),
         'versions': package_versions(), 'config': _digest(json.dumps(config_values(cfg), sort_keys=True).encode()), 'indexes': index_digests(cfg),
-        'address': dist.address_towards_master(),
+        'address': dist.gloo_address(),
     }
 
 
@@ -178,7 +178,7 @@ def _device_problems(reports: Sequence[Facts]) -> Iterator[str]:
 
 
 def _is_loopback(address: str | None) -> bool:
-    return address is not None and (address.startswith('127.') or address == '::1') and not os.environ.get('GLOO_SOCKET_IFNAME')
+    return address is not None and (address.startswith('127.') or address == '::1')
 
 
 def _device_warnings(reports: Sequence[Facts]) -> Iterator[str]:
