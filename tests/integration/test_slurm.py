@@ -13,7 +13,7 @@ from tests.helpers.slurm import Cluster, slurm_cluster
 from tests.helpers.train_runs import ROOT, losses_in, make_data, run_config, tiny_config, train_losses
 from tests.helpers.workspace import command_environment
 
-# The two nodes share this machine's /dev/shm, where Streaming's names would collide; real nodes have their own.
+# Real nodes do not share /dev/shm, in which Streaming and the data workers meet.
 OWN_SHARED_MEMORY = '#!/bin/bash\nexec unshare --mount bash -c \'mount -t tmpfs tmpfs /dev/shm && exec "$@"\' bash {composer} "$@"\n'
 
 
