@@ -323,6 +323,8 @@ def test_a_run_that_ends_well_says_nothing_and_leaves_nothing(launcher: WarmLaun
 @pytest.mark.parametrize(('how', 'kind', 'word'), [('exception', 'user code', 'boom'), ('hang', 'hang', 'no progress'), ('wait', 'node lost', '')])
 def test_two_nodes(launcher: WarmLauncher, data: Path, tmp_path: Path, how: str, kind: str, word: str) -> None:
     """Each node has a launcher, a watcher and a temp folder of its own. One node's fault is told on the other; a node whose processes are all killed at once is lost."""
+    if os.getuid() != 0:
+        pytest.skip('shared memory of its own for each node needs root')
     (tmp_path / 'plugin.py').write_text(PLUGIN)
     config = tiny_config(
         data, code_paths=[str(tmp_path / 'plugin.py')], callbacks={'misbehave': {'how': how, 'rank': 1, 'folder': str(tmp_path), 'step': STEP}}, save_folder=str(tmp_path / 'ckpt'),
@@ -336,7 +338,7 @@ def test_two_nodes(launcher: WarmLauncher, data: Path, tmp_path: Path, how: str,
     for node in (0, 1):
         (tmp_path / f'node{node}/tmp').mkdir(parents=True)
         jobs.append(launcher.start(
-            tmp_path / f'node{node}', [str(tmp_path / 'config.yaml')], 1, TMPDIR=str(tmp_path / f'node{node}/tmp'), WORLD_SIZE='2', LOCAL_WORLD_SIZE='1', NODE_RANK=str(node),
+            tmp_path / f'node{node}', [str(tmp_path / 'config.yaml')], 1, own_shm=True, TMPDIR=str(tmp_path / f'node{node}/tmp'), WORLD_SIZE='2', LOCAL_WORLD_SIZE='1', NODE_RANK=str(node),
             MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port),
         ))  # fmt: skip
     if how == 'wait':
