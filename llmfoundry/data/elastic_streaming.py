@@ -117,6 +117,7 @@ class ElasticStreamingDataset(CheckedStreamingDataset):
         # Those of the checkpoint, which replace them when the first epoch begins.
         self.in_force: dict[str, Any] = {}
         self._probes: dict[str, int] = {}
+        self._index_digests: dict[int, str] = {}
 
     def idle_sample(self) -> Any:
         """What keeps a rank busy that has no sample: it counts for nothing and has no loss."""
@@ -219,8 +220,13 @@ class ElasticStreamingDataset(CheckedStreamingDataset):
     def facts(self) -> dict[str, Any]:
         """What the samples of a step depend on, under the names of the config."""
         names = ('shuffle', 'shuffle_algo', 'shuffle_block_size', 'batching_method', 'sampling_method', 'sampling_granularity')
-        index = {f'data index of stream {number}': _digest_of_index(self.folder_of(stream)) for number, stream in enumerate(self.streams)}
-        return {**index, 'samples per epoch': self.epoch_size, **self._configured, **{name: getattr(self, name) for name in names}, 'samples per step': self.samples_per_step}
+        facts: dict[str, Any] = {'data source': 'MDS shards'}
+        for number, stream in enumerate(self.streams):
+            if number not in self._index_digests:
+                self._index_digests[number] = _digest_of_index(self.folder_of(stream))
+            facts[f'data index of stream {number}'] = self._index_digests[number]
+            facts[f'samples per epoch of stream {number}'] = int(stream.choose)
+        return {**facts, 'samples per epoch': self.epoch_size, **self._configured, **{name: getattr(self, name) for name in names}, 'samples per step': self.samples_per_step}
 
     def probes(self) -> dict[str, int]:
         """CRC32 of the last bytes of up to 64 shards that lie here, by number: shards that were exchanged for others of the same size show in it."""

@@ -186,14 +186,15 @@ def test_another_seed_is_named_with_the_first_step_that_differs(results: dict[st
 
 
 def test_the_way_out_that_the_message_names_works(
-    results: dict[str, dict[str, Any]], folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    results: dict[str, dict[str, Any]], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setenv('LLMFOUNDRY_IGNORE_SAMPLE_CHAIN', '1')
     record = chain_of(resume_text(folder, 'train_loader.dataset.shuffle_seed=17'))
     # Begun in mid-epoch, so the next resume has nothing to compare it with.
     assert (record.first_step, record.last_step, record.skipped) == (SECOND, STEPS, None)
-    assert 'the first step that differs is step 7' in caplog.text
-    assert 'dataset.shuffle_seed: the checkpoint goes on with its own, 9176, and not with the 17 of the config' in caplog.text
+    said = capsys.readouterr().err
+    assert 'the first step that differs is step 7' in said
+    assert 'dataset.shuffle_seed: the checkpoint goes on with its own, 9176, and not with the 17 of the config' in said
     assert record.facts['shuffle_seed'] == 9176
 
 
@@ -211,7 +212,7 @@ def test_shards_that_were_exchanged_are_named(results: dict[str, dict[str, Any]]
 
 def test_other_data_is_named(results: dict[str, dict[str, Any]], folder: Path) -> None:
     make_data(folder / 'more', num_train=48)
-    with pytest.raises(DataError, match=r'the first step that differs is step 7(.|\n)*changed: data index of stream 0: \w+ -> \w+\n  changed: samples per epoch: 47 -> 48'):
+    with pytest.raises(DataError, match=r'the first step that differs is step 7(.|\n)*changed: data index of stream 0: \w+ -> \w+\n  changed: samples per epoch of stream 0: 47 -> 48'):
         resume_text(folder, data='more')
 
 
@@ -220,10 +221,11 @@ def test_another_global_batch_goes_on_behind_the_samples_that_are_done(results: 
     assert record.counts.tolist()[:3] == [8, 16, 16] and record.epoch == 1
 
 
-def test_a_resume_at_the_end_of_an_epoch_may_change_the_data(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_resume_at_the_end_of_an_epoch_may_change_the_data(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = base_configs(folder)['text']
     run_config({**config, 'save_folder': str(tmp_path), 'save_interval': '1ep'}, 'max_duration=1ep')
     (saved,) = tmp_path.glob('ba6-rank0.pt')
     record = chain_of(run_config({**config, 'load_path': str(saved)}, 'max_duration=2ep', 'train_loader.dataset.shuffle_seed=17'))
-    assert 'The epoch that begins has other samples' in caplog.text and 'step 1 of the run (epoch 0; steps 1 to 6 were compared)' in caplog.text
+    said = capsys.readouterr().err
+    assert 'The epoch that begins has other samples' in said and 'step 1 of the run (epoch 0; steps 1 to 6 were compared)' in said
     assert (record.epoch, record.first_step, record.last_step) == (1, 6, 12)

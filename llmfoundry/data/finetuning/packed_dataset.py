@@ -145,7 +145,7 @@ class PackedDataset(Dataset):
         """What the examples of a step depend on, under the names of the config."""
         assert self.sampler is not None
         return {
-            'data digest': self.store.digest, 'examples': len(self.store.lengths), 'max_seq_len': self.max_seq_len, 'shuffle': self.sampler.shuffle, 'shuffle_seed': self.sampler.seed,
+            'data source': 'token store', 'data digest': self.store.digest, 'examples': len(self.store.lengths), 'max_seq_len': self.max_seq_len, 'shuffle': self.sampler.shuffle, 'shuffle_seed': self.sampler.seed,
             'rows per epoch': len(self), 'packing plan': self.digest.partition('-')[2], 'rows per step': self.sampler.global_rows,
         }  # fmt: skip
 
