@@ -19,6 +19,7 @@ from llmfoundry.command_utils import preflight, start_checks
 from llmfoundry.command_utils import train_parts as parts
 from llmfoundry.command_utils import train_setup as setup
 from llmfoundry.command_utils.parallelism import build_parallelism_config, resolve_placement
+from llmfoundry.command_utils.threads import share_cores
 from llmfoundry.config.load import load_train_config
 from llmfoundry.config.report import Report
 from llmfoundry.config.rules import check_rules
@@ -93,6 +94,7 @@ def start_process(cfg: TrainConfig) -> None:
     dist.init_process_group(cfg.dist_timeout, lambda store: preflight.check(cfg, store))
     validate_config(cfg)
     setup.configure_process(cfg.max_split_size_mb, cfg.expandable_segments, cfg.cuda_load_lazy)
+    share_cores()
     setup.seed_everything(cfg.seed)
 
 
