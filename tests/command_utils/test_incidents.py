@@ -117,6 +117,8 @@ def test_hangs() -> None:
     assert classify.classify([_bundle(0, hang, phase='checkpoint'), _bundle(1, hang, waiting_in=waiting)]).kind == 'slow storage'
     mismatch = classify.classify([_bundle(0, hang, waiting_in='broadcast, called at /site-packages/composer/x.py:1 f'), _bundle(1, hang, waiting_in=waiting)])
     assert mismatch.kind == 'mismatched collective' and '/home/u/plugin.py:7' in mismatch.setting
+    cut = classify.classify([_bundle(0, hang, waiting_in=waiting, node_rank=0), _bundle(1, hang, waiting_in=waiting, node_rank=1)])
+    assert cut.kind == 'node lost' and 'does not arrive' in cut.sign
     lost = {'rank': 3, 'host': 'h3', 'lost': True, 'silent_s': 12.0}
     gone = classify.classify([_bundle(0, hang, waiting_in=waiting, peers=[lost]), _bundle(1, hang, waiting_in=waiting)])
     assert gone.kind == 'node lost' and 'rank 3 on h3 for 12 s' in gone.sign

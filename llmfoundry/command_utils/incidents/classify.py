@@ -153,6 +153,8 @@ def _hang(first: Bundle, bundles: Sequence[Bundle]) -> tuple[str, str]:
     if lost and all(waiting.values()):
         return 'node lost', f'nothing has been heard of rank {lost[0]["rank"]} on {lost[0]["host"]} for {lost[0]["silent_s"]:.0f} s'
     if len(bundles) > 1 and len(bundles) == first['world_size'] and all(waiting.values()):
+        if len(set(waiting.values())) == 1 and len({b.get('node_rank') for b in bundles}) > 1:
+            return 'node lost', f'all ranks of all nodes wait in the same call, {first["waiting_in"]}: what they send does not arrive'
         calls = '; '.join(f'rank {rank} waits in {call}' for rank, call in sorted(waiting.items()))
         return 'mismatched collective', f'all ranks wait for each other: {calls}'
     kind = _HANGS.get(first['phase'], 'hang')
