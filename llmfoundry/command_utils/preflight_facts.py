@@ -141,7 +141,7 @@ def _disagreements(reports: Sequence[Facts]) -> Iterator[str]:
     yield from _groups(reports, 'kind of device', lambda r: r['device']['kind'], 'A rank without its GPU cannot join the others: look at the driver and CUDA_VISIBLE_DEVICES of its node.')
     for name in sorted({name for r in reports for name in r['versions']}):
         yield from _groups(reports, f'version of {name}', lambda r, name=name: r['versions'].get(name), 'Install the same versions on every node.')
-    yield from _groups(reports, 'resolved config', lambda r: f'hash {r["config"]}', 'Start every node with the same YAML, overrides and environment.')
+    yield from _groups(reports, 'resolved config', lambda r: f'hash {r["config"]}', 'Start every node with the same YAML and overrides.')
     for path in sorted({path for r in reports for path in r['indexes']}):
         remedy = 'The nodes would train on different data: copy or download it anew, or name a folder that all nodes share.'
         yield from _groups([r for r in reports if path in r['indexes']], f'data index {path}', lambda r, path=path: r['indexes'][path], remedy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import time
 from pathlib import Path
@@ -15,7 +16,8 @@ from llmfoundry.command_utils import preflight
 from llmfoundry.command_utils import preflight_facts as facts
 from llmfoundry.errors import ConfigError, PreflightError
 from tests.helpers.processes import run_in_processes
-from tests.helpers.train_runs import make_data, start_training, tiny_config
+from tests.helpers.train_runs import ROOT, make_data, tiny_config
+from tests.helpers.workspace import run_command
 
 GIB = 1024**3
 
@@ -253,14 +255,14 @@ def test_gloo_chooses_for_itself_where_everything_is_one_machine(address: str, m
 
 
 def test_the_command_ends_with_one_list_and_exit_code_one(tmp_path: Path) -> None:
-    """Two real ranks under composer, one of which resolves another value from its environment."""
-    config = tiny_config(make_data(tmp_path / 'data'))
-    config['metadata'] = {'owner': '${oc.env:RANK}'}
-    running = start_training(config, tmp_path, ranks=2)
-    assert running.wait(300) == 1
-    output = (tmp_path / 'out.txt').read_text()
-    assert output.count('1 problem(s)') + output.count('2 problem(s)') == 1
-    assert output.count('metadata.owner: "0" / "1"') == 1
+    """Two real ranks under composer, which fills each rank's variables into its arguments."""
+    config = tiny_config(make_data(tmp_path / 'data'), metadata={'owner': 'nobody'})
+    (tmp_path / 'config.yaml').write_text(json.dumps(config))
+    done = run_command(['composer', '-n', '2', str(ROOT / 'scripts/train/train.py'), 'config.yaml', 'metadata.owner=$RANK'], tmp_path)
+    output = done.stdout + done.stderr
+    assert done.returncode == 1, output
+    assert output.count('problem(s) between the 2 rank(s)') == 1, output
+    assert output.count('metadata.owner: 0 / 1') == 1
     assert 'Traceback' not in output
 
 
