@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from composer.utils import reproducibility
 
 from llmfoundry.callbacks.fdiff_callback import FDiffMetrics
 from llmfoundry.callbacks.global_lr_scaling import GlobalLRScaling
 from llmfoundry.callbacks.layer_freezing import LayerFreezing
+from llmfoundry.callbacks.rng_restorer import RNGRestorer
 from llmfoundry.callbacks.run_timeout_callback import RunTimeoutCallback
 from llmfoundry.callbacks.scheduled_gc_callback import ScheduledGarbageCollector
 from llmfoundry.errors import ConfigError
@@ -59,6 +61,20 @@ def test_names_with_and_without_the_prefix_of_ddp() -> None:
     model = torch.nn.ModuleDict({'module': torch.nn.Linear(2, 2)})
     LayerFreezing(['weight', 'module.bias']).fit_start(types.SimpleNamespace(model=model), None)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize('event', ['epoch_start', 'batch_start'])
+def test_random_state_comes_back_once(event: str) -> None:
+    """Of a checkpoint taken after an epoch's last batch before the next epoch begins, since its loader draws a seed; else before the first batch."""
+    torch.manual_seed(1)
+    state = reproducibility.get_rng_state()
+    wanted = torch.rand(3)
+    restorer = RNGRestorer(state)
+    torch.manual_seed(2)
+    getattr(restorer, event)(None, None)
+    assert torch.equal(torch.rand(3), wanted)
+    restorer.batch_start(None, None)
+    assert not torch.equal(torch.rand(3), wanted)
 
 
 def _at(batch: int) -> Any:
