@@ -77,6 +77,9 @@ class AtomicCheckpointSaver(CheckpointSaver):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         super().fit_start(state, logger)
+        if self._remote is not None and not self.overwrite and state.timestamp.batch == 0:
+            assert self.target is not None
+            dist.on_rank_zero(self.target.refuse_used_folder)
         self._fitting = True
 
     @property

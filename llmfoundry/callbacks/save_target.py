@@ -31,6 +31,7 @@ __all__ = ['SaveTarget', 'remove_staged', 'staging_folder']
 log = logging.getLogger(__name__)
 
 # Direct children of the folder and files of sharded checkpoints: other runs may be uploading to folders below this one.
+_OWN_CHECKPOINTS = re.compile(r'ep\d+-ba\d+')
 _CHECKPOINT_NAMES = re.compile(r'[^/]+|ep\d+-ba\d+/[^/]+')
 
 
@@ -79,6 +80,20 @@ class SaveTarget:
             self.store.check_writable()
             with contextlib.suppress(RemoteStoreError):  # a key may write and not be allowed to look for these
                 self.store.remove_unfinished_uploads(lambda name: _CHECKPOINT_NAMES.fullmatch(name) is not None)
+
+    def refuse_used_folder(self) -> None:
+        """On rank 0, when a run starts from nothing and may not overwrite.
+
+        Raises:
+            CheckpointError: the remote folder holds checkpoints already.
+        """
+        assert self.store is not None
+        found = [name for name in self.store.list() if _OWN_CHECKPOINTS.match(name)]
+        if found:
+            raise CheckpointError(
+                f'save_folder: {self.store.uri!r} already holds checkpoints ({found[-1]!r} and {len(found) - 1} more files), which this run would overwrite. Continue that run with autoresume: true, '
+                'choose another save_folder or run_name, or set save_overwrite: true.',
+            )
 
     def key_of(self, path: str) -> str:
         """What the run remembers a checkpoint by: its path, or its URI."""

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
+import torch
 
+from llmfoundry.callbacks.checkpoint_saver import AtomicCheckpointSaver
 from llmfoundry.callbacks.save_target import staging_folder
 from llmfoundry.checkpoint.integrity import damage
 from llmfoundry.checkpoint.remote_store import RemoteStore
+from llmfoundry.errors import CheckpointError
 from tests.helpers.composer_checkpoints import build_mpt, gpt2_tokenizer, training_data
 from tests.helpers.s3_server import FaultyProxy, Rule, S3Server, faulty_proxy, s3_server
 from tests.helpers.train_runs import losses_in, make_data, tiny_config
@@ -130,34 +133,47 @@ def test_shards_of_two_ranks_killed_in_an_upload_and_resumed(world: World, proxy
     assert world.server.read('s/latest-sharded-rank0.symlink') == b's/ep1-ba12' and world.leftovers('s3://runs/s') == []
 
 
-def test_composer_itself_finds_what_we_wrote(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Names, layout and links are Composer's: its own Trainer resumes from them."""
-    import torch
+def _trainer(**arguments: Any) -> Any:
+    """Composer's Trainer of a tiny MPT, two batches per epoch."""
     from composer import Trainer
     from composer.optim import DecoupledAdamW
 
-    from llmfoundry.callbacks.checkpoint_saver import AtomicCheckpointSaver
+    model = build_mpt(gpt2_tokenizer())
+    return Trainer(
+        model=model, train_dataloader=training_data(), optimizers=DecoupledAdamW(model.parameters(), lr=1e-3), progress_bar=False, log_to_console=False,
+        save_filename='ep{epoch}-ba{batch}-rank{rank}.pt', **arguments,
+    )
 
+
+def _saver(folder: Path) -> AtomicCheckpointSaver:
+    return AtomicCheckpointSaver(folder=str(folder), remote='s3://runs/{run_name}', remote_file_name='x', latest_remote_file_name='y', save_interval='1ba')
+
+
+def test_composer_itself_finds_what_we_wrote(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Names, layout and links are Composer's: its own Trainer resumes from them."""
     for name, value in world.server.environment.items():
         monkeypatch.setenv(name, value)
-
-    def trainer(**arguments: Any) -> Trainer:
-        model = build_mpt(gpt2_tokenizer())
-        return Trainer(
-            model=model, train_dataloader=training_data(), optimizers=DecoupledAdamW(model.parameters(), lr=1e-3), progress_bar=False, log_to_console=False, run_name='c',
-            save_filename='ep{epoch}-ba{batch}-rank{rank}.pt', **arguments,
-        )
-
-    saver = AtomicCheckpointSaver(folder=str(tmp_path / 'staged'), remote='s3://runs/{run_name}', remote_file_name='c/x', latest_remote_file_name='c/y', save_interval='1ba')
-    ours = trainer(callbacks=[saver], max_duration='2ba')
+    ours = _trainer(callbacks=[_saver(tmp_path / 'staged')], run_name='c', max_duration='2ba')
     ours.fit()
     ours.close()
-    assert world.server.keys('c/') == ['c/ep0-ba1-rank0.pt', 'c/ep1-ba2-rank0.pt', 'c/latest-rank0.pt.symlink']
-    theirs = trainer(save_folder='s3://runs/{run_name}', autoresume=True, max_duration='3ba')
+    assert world.server.keys('c/') == ['c/ep0-ba1-rank0.pt', 'c/ep0-ba2-rank0.pt', 'c/latest-rank0.pt.symlink']
+    theirs = _trainer(save_folder='s3://runs/{run_name}', run_name='c', autoresume=True, max_duration='3ba')
     assert int(theirs.state.timestamp.batch) == 2
     for (name, a), b in zip(ours.state.model.named_parameters(), theirs.state.model.parameters(), strict=True):
         assert torch.equal(a, b), name
     theirs.close()
+
+
+def test_an_upload_that_is_refused_ends_training_and_keeps_what_was_there(world: World, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in proxy.environment.items():
+        monkeypatch.setenv(name, value)
+    proxy.add(Rule('PUT', 'ep0-ba2', times=1000, status=403))
+    trainer = _trainer(callbacks=[_saver(tmp_path / 'staged')], run_name='d', max_duration='6ba')
+    with pytest.raises(CheckpointError, match=r"'s3://runs/d/ep0-ba2-rank0\.pt' could not be uploaded: .*access is refused \(AccessDenied\).*Earlier checkpoints are untouched"):
+        trainer.fit()
+    assert int(trainer.state.timestamp.batch) < 6, 'at a following step, not at the end'
+    trainer.close()
+    assert world.server.keys('d/') == ['d/ep0-ba1-rank0.pt', 'd/latest-rank0.pt.symlink'] and world.server.read('d/latest-rank0.pt.symlink') == b'd/ep0-ba1-rank0.pt'
 
 
 def test_a_refused_key_ends_the_run_before_its_first_step(world: World, proxy: FaultyProxy) -> None:
