@@ -1,7 +1,7 @@
 """Averages on gloo: the collectives with which FSDP2 averages gradients, made to average where torch's gloo does not.
 
 torch 2.7.0's gloo returns the sum from ``reduce_scatter_tensor(op=AVG)`` and says nothing, so gradients of a model that is sharded over CPU ranks come out as many times too large as there are ranks;
-``all_reduce(op=AVG)``, which a hybrid mesh needs besides, raises. A probe decides, because the version alone does not. A hybrid mesh also needs events of the CPU's stream.
+``all_reduce(op=AVG)``, which a hybrid mesh needs besides, raises. A probe decides, because the version alone does not. A hybrid mesh also needs an event that the CPU's stream does not give.
 """
 
 from __future__ import annotations
@@ -30,21 +30,27 @@ def fix_gloo_average() -> bool:
 
 
 def fix_cpu_events() -> bool:
-    """Lets the CPU's stream return an event when it is asked to record one; returns whether that was needed.
+    """Gives FSDP2 an event for the all-reduce of a hybrid mesh on the CPU; returns whether that was needed.
 
-    FSDP2 of torch 2.7 asserts that the all-reduce of a hybrid mesh gave it an event. The CPU's stream has nothing to wait for and returns None, so the first backward pass on CPU ranks failed.
+    torch 2.7 asserts that there is one. The CPU's stream has nothing to wait for and records None, so the first backward pass failed. Only this event is made up: others are None on the CPU by
+    design, and torch would look for an accelerator to wait for them on.
     """
-    import torch
+    import inspect
 
-    original = torch.cpu.Stream.record_event
-    if torch.cpu.Stream().record_event() is not None:
+    import torch
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as module
+
+    original = module.foreach_reduce
+    if 'assert all_reduce_event is not None' not in inspect.getsource(module.FSDPParamGroup.post_backward) or getattr(original, '_gives_event', False):
         return False
 
-    def record_event(self: Any, *args: Any, **kwargs: Any) -> Any:
-        event = original(self, *args, **kwargs)
-        return torch.cpu.Event() if event is None else event
+    def foreach_reduce(*args: Any, **kwargs: Any) -> Any:
+        *first, all_reduce_input, event, partial_output = original(*args, **kwargs)
+        needed = event is None and all_reduce_input is not None and all_reduce_input.device.type == 'cpu'
+        return (*first, all_reduce_input, torch.cpu.Event() if needed else event, partial_output)
 
-    torch.cpu.Stream.record_event = record_event
+    foreach_reduce._gives_event = True  # type: ignore[attr-defined]
+    module.foreach_reduce = foreach_reduce
     return True
 
 
