@@ -22,12 +22,11 @@ TRAIN_SCRIPT = ROOT / 'scripts/train/train.py'
 
 
 class Job:
-    """One launcher process. ``code`` is its exit code as a shell says it, None while it runs."""
+    """One launcher process. ``code`` is its exit code as a shell says it and ``ended_at`` the time of its end, None while it runs."""
 
     def __init__(self, server: WarmLauncher, pid: int, folder: Path) -> None:
         self.server, self.pid, self.folder = server, pid, folder
-        self.started = time.monotonic()
-        self.seconds: float | None = None
+        self.ended_at: float | None = None
         self.code: int | None = None
 
     def wait(self, timeout: float = 60.0) -> int:
@@ -88,7 +87,7 @@ class WarmLauncher:
                 self.pids.append(message['started'])
             else:
                 job = self.jobs[message['ended']]
-                job.code, job.seconds = message['code'], time.monotonic() - job.started
+                job.code, job.ended_at = message['code'], time.time()
 
 
 class _ForkedRank:
