@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import pytest
 from streaming import MDSWriter
@@ -125,23 +125,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope='module')
-def results(folder: Path) -> dict[str, dict[str, Any]]:
-    """Results by '<kind>, <processes before>><processes>'; with '<kind>, whole' the uninterrupted run of one process."""
+def alone(folder: Path) -> Iterator[dict[str, dict[str, Any]]]:
+    """Runs of one process by '<kind>, whole', uninterrupted, and '<kind>, 0>1', which hands over after ``FIRST`` steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('LLMFOUNDRY_CACHE', str(folder / 'cache'))
-        one, two, four, again = (Jobs(folder, ranks) for ranks in (1, 2, 4, 1))
+        jobs = Jobs(folder, 1)
         for kind, config in base_configs(folder).items():
-            one.configs[f'{kind}, whole'] = config
-            one.configs[f'{kind}, 0>1'] = saving(config, folder, f'{kind}-1', FIRST)
-            two.configs[f'{kind}, 1>2'] = saving(resumed(with_workers(config, 2), folder, f'{kind}-1', FIRST), folder, f'{kind}-2', SECOND)
-            four.configs[f'{kind}, 2>4'] = saving(resumed(config, folder, f'{kind}-2', SECOND), folder, f'{kind}-4', THIRD)
-            again.configs[f'{kind}, 4>1'] = resumed(config, folder, f'{kind}-4', THIRD)
-            again.configs[f'{kind}, 2>1'] = resumed(with_workers(config, 2), folder, f'{kind}-2', SECOND)
-        text = base_configs(folder)['text']
-        sharded = {**text, 'fsdp_config': {'sharding_strategy': 'FULL_SHARD', 'state_dict_type': 'sharded', 'mixed_precision': 'FULL'}}
-        two.configs['sharded, 0>2'] = saving(sharded, folder, 'sharded-2', SECOND)
-        four.configs['sharded, 2>4'] = {**sharded, 'load_path': str(folder / 'ckpt' / 'sharded-2' / f'ep1-ba{SECOND}')}
-        return {name: result for jobs in (one, two, four, again) for name, result in jobs.run().items()}
+            jobs.configs[f'{kind}, whole'] = config
+            jobs.configs[f'{kind}, 0>1'] = saving(config, folder, f'{kind}-1', FIRST)
+        yield jobs.run()
+
+
+@pytest.fixture(scope='module')
+def results(folder: Path, alone: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Results by '<kind>, <processes before>><processes>', and those of ``alone``."""
+    two, four, again = (Jobs(folder, ranks) for ranks in (2, 4, 1))
+    for kind, config in base_configs(folder).items():
+        two.configs[f'{kind}, 1>2'] = saving(resumed(with_workers(config, 2), folder, f'{kind}-1', FIRST), folder, f'{kind}-2', SECOND)
+        four.configs[f'{kind}, 2>4'] = saving(resumed(config, folder, f'{kind}-2', SECOND), folder, f'{kind}-4', THIRD)
+        again.configs[f'{kind}, 4>1'] = resumed(config, folder, f'{kind}-4', THIRD)
+        again.configs[f'{kind}, 2>1'] = resumed(with_workers(config, 2), folder, f'{kind}-2', SECOND)
+    sharded = {**base_configs(folder)['text'], 'fsdp_config': {'sharding_strategy': 'FULL_SHARD', 'state_dict_type': 'sharded', 'mixed_precision': 'FULL'}}
+    two.configs['sharded, 0>2'] = saving(sharded, folder, 'sharded-2', SECOND)
+    four.configs['sharded, 2>4'] = {**sharded, 'load_path': str(folder / 'ckpt' / 'sharded-2' / f'ep1-ba{SECOND}')}
+    return {**alone, **{name: result for jobs in (two, four, again) for name, result in jobs.run().items()}}
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -163,42 +170,41 @@ def test_the_chain_is_in_sharded_checkpoints_too(results: dict[str, dict[str, An
     assert after['chain'] == whole['chain']
 
 
-def test_kinds_of_data_have_different_chains(results: dict[str, dict[str, Any]]) -> None:
+def test_kinds_of_data_have_different_chains(alone: dict[str, dict[str, Any]]) -> None:
     """A chain that did not look at the samples would be the same for all."""
-    assert len({results[f'{kind}, whole']['chain'] for kind in KINDS}) == len(KINDS)
+    assert len({alone[f'{kind}, whole']['chain'] for kind in KINDS}) == len(KINDS)
 
 
 def resume_text(folder: Path, *overrides: str, data: str = 'text') -> Any:
     config = base_configs(folder)['text']
     config['train_loader']['dataset']['local'] = str(folder / data)
-    return run_config(resumed(config, folder, 'text-2', SECOND), *overrides)
+    return run_config(resumed(config, folder, 'text-1', FIRST), f'max_duration={FIRST + 1}ba', *overrides)
 
 
-def test_another_seed_is_named_with_the_first_step_that_differs(results: dict[str, dict[str, Any]], folder: Path) -> None:
+def test_another_seed_is_named_with_the_first_step_that_differs(alone: dict[str, dict[str, Any]], folder: Path) -> None:
     with pytest.raises(DataError) as error:
         resume_text(folder, 'train_loader.dataset.shuffle_seed=17')
     text = str(error.value)
-    # Six steps in the first epoch, so the checkpoint holds the digest of step 7.
-    assert 'the first step that differs is step 7 of the run (epoch 1; steps 7 to 7 were compared)' in text
+    assert 'the first step that differs is step 1 of the run (epoch 0; steps 1 to 4 were compared)' in text
     assert 'It was trained on 8 other samples than those that it would get now (' in text
     assert 'changed: shuffle_seed: 9176 -> 17' in text
     assert 'set the environment variable LLMFOUNDRY_IGNORE_SAMPLE_CHAIN=1' in text
 
 
 def test_the_way_out_that_the_message_names_works(
-    results: dict[str, dict[str, Any]], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+    alone: dict[str, dict[str, Any]], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setenv('LLMFOUNDRY_IGNORE_SAMPLE_CHAIN', '1')
     record = chain_of(resume_text(folder, 'train_loader.dataset.shuffle_seed=17'))
     # Begun in mid-epoch, so the next resume has nothing to compare it with.
-    assert (record.first_step, record.last_step, record.skipped) == (SECOND, STEPS, None)
+    assert (record.first_step, record.last_step, record.skipped) == (FIRST, FIRST + 1, None)
     said = capsys.readouterr().err
-    assert 'the first step that differs is step 7' in said
+    assert 'the first step that differs is step 1' in said
     assert 'dataset.shuffle_seed: the checkpoint goes on with its own, 9176, and not with the 17 of the config' in said
     assert record.facts['shuffle_seed'] == 9176
 
 
-def test_shards_that_were_exchanged_are_named(results: dict[str, dict[str, Any]], folder: Path) -> None:
+def test_shards_that_were_exchanged_are_named(alone: dict[str, dict[str, Any]], folder: Path) -> None:
     """Of the same size and with the same index, so that the numbers of the samples are the same."""
     shutil.copytree(folder / 'text', folder / 'swapped')
     first, second = (folder / 'swapped' / 'train' / f'shard.0000{i}.mds' for i in (0, 1))
@@ -206,19 +212,19 @@ def test_shards_that_were_exchanged_are_named(results: dict[str, dict[str, Any]]
     contents = first.read_bytes(), second.read_bytes()
     first.write_bytes(contents[1])
     second.write_bytes(contents[0])
-    with pytest.raises(DataError, match=r'shard 0 holds other bytes, first read in step 7 of the run \(2 of 3 shards'):
+    with pytest.raises(DataError, match=r'shard 0 holds other bytes, first read in step 1 of the run \(2 of 3 shards'):
         resume_text(folder, data='swapped')
 
 
-def test_other_data_is_named(results: dict[str, dict[str, Any]], folder: Path) -> None:
+def test_other_data_is_named(alone: dict[str, dict[str, Any]], folder: Path) -> None:
     make_data(folder / 'more', num_train=48)
-    with pytest.raises(DataError, match=r'the first step that differs is step 7(.|\n)*changed: data index of stream 0: \w+ -> \w+\n  changed: samples per epoch of stream 0: 47 -> 48'):
+    with pytest.raises(DataError, match=r'the first step that differs is step 1(.|\n)*changed: data index of stream 0: \w+ -> \w+\n  changed: samples per epoch of stream 0: 47 -> 48'):
         resume_text(folder, data='more')
 
 
-def test_another_global_batch_goes_on_behind_the_samples_that_are_done(results: dict[str, dict[str, Any]], folder: Path) -> None:
+def test_another_global_batch_goes_on_behind_the_samples_that_are_done(alone: dict[str, dict[str, Any]], folder: Path) -> None:
     record = chain_of(resume_text(folder, 'global_train_batch_size=16'))
-    assert record.counts.tolist()[:3] == [8, 16, 16] and record.epoch == 1
+    assert record.counts.tolist() == [8, 8, 8, 8, 15] and record.epoch == 0
 
 
 def test_a_resume_at_the_end_of_an_epoch_may_change_the_data(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
