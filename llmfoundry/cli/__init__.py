@@ -9,7 +9,7 @@ from __future__ import annotations
 import typer
 
 from llmfoundry._version import __version__
-from llmfoundry.cli import check, config_commands, data_prep, incident, launch, registry_commands
+from llmfoundry.cli import check, config_commands, data_prep, incident, launch, plan, registry_commands
 from llmfoundry.command_utils.error_report import run_or_exit
 
 __all__ = ['app', 'main']
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command('train')(config_commands.train)
 app.command('validate')(config_commands.validate)
 app.command('schema')(config_commands.schema)
+app.command('plan')(plan.plan)
 app.command('launch')(launch.launch)
 app.command('incident')(incident.incident)
 app.add_typer(check.app, name='check')
