@@ -86,7 +86,8 @@ def _load_either_form(composers: Callable[..., Any], path: str, state: Any, *arg
 
 def _read(path: str | Path) -> dict[str, Any]:
     """The contents of a file or, put together, of a sharded folder."""
-    return ShardedCheckpoint(os.path.realpath(path)).state_dict() if os.path.isdir(path) else load_checkpoint_file(path, mmap=False)
+    path = os.path.realpath(path)  # Composer hands over a link in a temporary folder; messages should name the file itself
+    return ShardedCheckpoint(path).state_dict() if os.path.isdir(path) else load_checkpoint_file(path, mmap=False)
 
 
 def _load_file(composer_states_filepath: str | Path, map_location: str = 'cpu', load_monolith_rank0_only: bool = False) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def sharded(monolithic: Path) -> Path:
 def _differences(a: Any, b: Any, path: str = '') -> list[str]:
     if isinstance(a, torch.Tensor):
         return [] if isinstance(b, torch.Tensor) and torch.equal(a, b) and a.dtype == b.dtype else [path]
-    if type(a) is not type(b):
+    if type(a) is not type(b) and not (isinstance(a, dict) and isinstance(b, dict)):
         return [f'{path}: {type(a)} {type(b)}']
     if isinstance(a, dict):
         # What is empty has no values, so a sharded checkpoint does not hold it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -144,8 +145,12 @@ def _and_back(folder: Path) -> None:
 
 
 def damage_the_newest(folder: Path) -> None:
-    """One flipped byte in the shard of the last rank; the length is right."""
-    _flip(folder / 'own' / f'ep0-ba{STEPS}' / '__1_0.distcp')
+    """One flipped byte in a weight in the shard of the last rank; the length is right."""
+    newest = folder / 'own' / f'ep0-ba{STEPS}'
+    shard = newest / '__1_0.distcp'
+    place = max((info for info in read_metadata(newest).storage_data.values() if info.relative_path == shard.name), key=lambda info: info.length)
+    item = shard.read_bytes()[place.offset : place.offset + place.length]
+    _flip(shard, place.offset + item.index(torch.load(io.BytesIO(item)).contiguous().numpy().tobytes()) + 7)
 
 
 SCENARIOS = {
