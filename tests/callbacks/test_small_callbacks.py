@@ -131,9 +131,9 @@ def test_a_process_that_hangs_after_training_is_interrupted() -> None:
         from llmfoundry.callbacks.run_timeout_callback import RunTimeoutCallback
         RunTimeoutCallback(timeout=1).fit_end(None, None)
         print('waiting', flush=True)
-        time.sleep(60)
+        time.sleep(300)
     """
-    result = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, timeout=55, check=False)
+    result = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, timeout=280, check=False)
     assert result.returncode in (-signal.SIGINT, 130) and 'has not ended 1 s after' in result.stderr
     with pytest.raises(ValueError, match='positive number of seconds, got 0'):
         RunTimeoutCallback(0)
