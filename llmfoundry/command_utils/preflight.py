@@ -24,7 +24,7 @@ __all__ = ['VARIABLE', 'check', 'exchange']
 VARIABLE = 'LLMFOUNDRY_PREFLIGHT'
 MODES = ('stop', 'warn', 'off')
 NOTICE_S = 30.0  # between two lines about ranks that are still missing
-LEAVE_S = 5.0  # how long ranks wait for one another once the run is to stop
+LEAVE_S = 5.0  # how long rank 0 waits for the others to read that the run is to stop
 _calls = itertools.count()
 
 
@@ -64,7 +64,7 @@ def exchange(store: Any, own: facts.Facts, config: dict[str, str], timeout_s: fl
         own: facts of this rank.
         config: flattened config, asked for only where hashes differ.
         timeout_s: seconds within which every rank has to report.
-        may_stop: whether ranks leave in order if there is a problem, so that rank 0, which serves the store, goes first and its exit code is that of the run.
+        may_stop: whether the processes end if there is a problem.
     """
     from torch.distributed import PrefixStore
 
@@ -83,7 +83,7 @@ def exchange(store: Any, own: facts.Facts, config: dict[str, str], timeout_s: fl
     else:
         verdict = _await_verdict(store, own, timeout_s)
     if verdict[0] and may_stop:
-        _leave_after_rank_zero(store, own)
+        _wait_for_readers(store, own)
     return tuple(verdict)
 
 
@@ -163,18 +163,13 @@ def _config_differences(store: Any, reports: Sequence[facts.Facts]) -> list[str]
     return problems
 
 
-def _leave_after_rank_zero(store: Any, own: facts.Facts) -> None:
-    """Rank 0 waits until every process has read the verdict; the others of its node wait until it is gone. Each for ``LEAVE_S`` at most."""
+def _wait_for_readers(store: Any, own: facts.Facts) -> None:
+    """Rank 0, which serves the store, stays until every process has read the verdict, for ``LEAVE_S`` at most."""
     deadline = time.monotonic() + LEAVE_S
     readers = store.add('readers', 1)
-    try:
-        while time.monotonic() < deadline:
-            if own['rank'] == 0 and readers >= own['world_size'] or own['node_rank'] != 0:
-                return
-            time.sleep(0.02)
-            readers = store.add('readers', 0)
-    except RuntimeError:  # the store is gone, and rank 0 with it
-        return
+    while own['rank'] == 0 and readers < own['world_size'] and time.monotonic() < deadline:
+        time.sleep(0.02)
+        readers = store.add('readers', 0)
 
 
 def _list(problems: Sequence[str], own: facts.Facts) -> str:
