@@ -113,5 +113,6 @@ def test_help_needs_no_torch_and_a_bad_yaml_is_reported_as_by_validate(tmp_path)
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, check=False).returncode == 0
     path = tmp_path / 'bad.yaml'
     path.write_text(json.dumps({**CONFIG, 'precission': 'fp32'}))
-    done = subprocess.run([sys.executable, '-c', "from llmfoundry.cli import app; app(['plan', r'%s'])" % path], capture_output=True, text=True, check=False)
+    command = [sys.executable, '-c', "import sys; from llmfoundry.cli import app; app(['plan', sys.argv[1]])", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and 'precission' in done.stderr and 'Traceback' not in done.stderr
