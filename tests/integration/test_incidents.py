@@ -44,8 +44,8 @@ class Misbehave(Callback):
     def _mark(self, name='fault'):
         owners = [json.loads(Path(p).read_text()) for p in glob.glob(os.environ['TMPDIR'] + '/llmfoundry-runs-*/run-*/owner.json')]
         mark = {'time': time.time(), 'pid': os.getpid(), 'prefixes': [p for o in owners for p in o['shm_prefixes']]}
-        (self.folder / f'{name}.tmp').write_text(json.dumps(mark))
-        os.replace(self.folder / f'{name}.tmp', self.folder / f'{name}.json')
+        (self.folder / f'{name}.{RANK}').write_text(json.dumps(mark))
+        os.replace(self.folder / f'{name}.{RANK}', self.folder / f'{name}.json')
 
     def batch_start(self, state, logger):
         if int(state.timestamp.batch) != self.step:
