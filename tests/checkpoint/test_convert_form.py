@@ -38,6 +38,10 @@ def sharded(monolithic: Path) -> Path:
     return folder
 
 
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, dict | list) and all(_is_empty(v) for v in (value.values() if isinstance(value, dict) else value))
+
+
 def _differences(a: Any, b: Any, path: str = '') -> list[str]:
     if isinstance(a, torch.Tensor):
         return [] if isinstance(b, torch.Tensor) and torch.equal(a, b) and a.dtype == b.dtype else [path]
@@ -45,7 +49,7 @@ def _differences(a: Any, b: Any, path: str = '') -> list[str]:
         return [f'{path}: {type(a)} {type(b)}']
     if isinstance(a, dict):
         # What is empty has no values, so a sharded checkpoint does not hold it.
-        keys = {k for k in {*a, *b} if a.get(k, b.get(k)) not in ({}, [])}
+        keys = {k for k in {*a, *b} if not _is_empty(a.get(k, b.get(k)))}
         return [d for k in sorted(keys, key=str) for d in (_differences(a[k], b[k], f'{path}/{k}') if k in a and k in b else [f'{path}/{k} is in one only'])]
     if isinstance(a, list | tuple):
         return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in _differences(x, y, f'{path}/{i}')]

