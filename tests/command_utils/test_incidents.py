@@ -240,6 +240,18 @@ def test_a_wait_for_others_is_told_from_work(tmp_path: Path) -> None:
     assert found['works'] is None
 
 
+def test_an_abort_within_a_collective_is_a_mismatch() -> None:
+    text = (
+        'Fatal Python error: Aborted\n\nThread 0x1 (most recent call first):\n  File "/x/site-packages/torch/distributed/distributed_c10d.py", line 9 in all_reduce\n'
+        '  File "/x/site-packages/torch/distributed/c10d_logger.py", line 81 in wrapper\n  File "/home/u/plugin.py", line 31 in batch_start\n'
+    )
+    waiting = stacks.waiting_in_crash(text)
+    assert waiting == 'all_reduce, called at /home/u/plugin.py:31 batch_start'
+    cause = classify.classify([_bundle(0, {'kind': 'crashed', 'code': 134}, waiting_in=waiting)])
+    assert cause.kind == 'mismatched collective' and 'plugin.py:31' in cause.setting
+    assert classify.classify([_bundle(0, {'kind': 'crashed', 'code': 134})]).kind == 'native crash' and stacks.waiting_in_crash('') is None
+
+
 def test_bundles_go_to_the_temp_folder_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('TMPDIR', str(tmp_path / 'tmp'))
     (tmp_path / 'tmp').mkdir()

@@ -152,7 +152,7 @@ def write_bundle_for(places: Places, state: RankState, fault: Fault, code: int, 
             'step': state.step, 'samples': state.samples, 'tokens': state.tokens, 'epoch': state.epoch, 'batch_in_epoch': state.batch_in_epoch, 'sample_in_epoch': state.sample_in_epoch,
             'source': '',
         },
-        'waiting_in': None, 'reading': {}, 'main_stack': [], 'error': None, 'memory': dict(memory), 'peers': [], 'versions': {'llmfoundry': __version__, 'python': platform.python_version()},
+        'waiting_in': stacks.waiting_in_crash(crash_text), 'reading': {}, 'main_stack': [], 'error': None, 'memory': dict(memory), 'peers': [], 'versions': {'llmfoundry': __version__, 'python': platform.python_version()},
     }  # fmt: skip
     return _write(places, state.rank, content, crash_text)
 

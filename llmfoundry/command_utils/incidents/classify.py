@@ -124,6 +124,8 @@ def _kind_and_sign(first: Bundle, bundles: Sequence[Bundle], memory_killed: bool
         name = procs.signal_name(fault['code']) or f'code {fault["code"]}'
         if name == 'SIGBUS':
             return 'shared memory full', 'the process died of SIGBUS, as one does that writes to shared memory for which there is no space'
+        if name == 'SIGABRT' and first.get('waiting_in'):  # gloo aborts the process when the sizes of two ranks differ
+            return 'mismatched collective', f'the communication library aborted the process in {first["waiting_in"]}, as it does when another rank makes another call; its message is in the output'
         return 'native crash', f'the process died of {name}'
     if fault['kind'] in CLASSES:  # stopped, launcher gone, node lost, left early
         return fault['kind'], fault['note'] or fault['kind']

@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Iterator, SupportsIndex
 
-__all__ = ['MainStack', 'all_threads', 'disable_crash_dump', 'enable_crash_dump', 'main_stack', 'worker_stacks']
+__all__ = ['MainStack', 'all_threads', 'disable_crash_dump', 'enable_crash_dump', 'main_stack', 'waiting_in_crash', 'worker_stacks']
 
 # A real-time signal that nobody else is known to use; its handler is inherited by forked loader workers.
 DUMP_SIGNAL = signal.SIGRTMIN + 5
@@ -86,6 +87,17 @@ def waiting_in(frames: list[FrameType]) -> str | None:
 
 def _is_plumbing(path: str) -> bool:
     return any(part in path for part in _PLUMBING)
+
+
+def waiting_in_crash(text: str) -> str | None:
+    """The same from what the interpreter wrote when the process crashed."""
+    name = None
+    for path, line, function in re.findall(r'File "([^"]+)", line (\d+) in (\S+)', text):
+        if any(part in path for part in _WAITING_FILES):
+            name = function if 'c10d_logger' not in path else name
+        elif name is not None and not _is_plumbing(path):
+            return f'{name}, called at {path}:{line} {function}'
+    return name
 
 
 def all_threads() -> str:
