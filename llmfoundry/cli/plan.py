@@ -23,6 +23,7 @@ def plan(
 ) -> None:
     """Plan the memory of a training run without weights or data: what it takes, whether it fits, the largest microbatch, and what else would fit."""
     try:
+        resolve_target('llmfoundry.config.summary:validation_summary')(yaml_path, overrides or [], devices)  # mistakes are told before torch is imported
         typer.echo(resolve_target('llmfoundry.command_utils.plan.command:plan')(yaml_path, overrides or [], devices, device_memory, device, as_json))
     except ConfigError as e:
         typer.echo(str(e), err=True)
