@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LINKED = ('llmfoundry', 'scripts', 'yamls', 'mcli', 'Makefile', 'setup.py', 'README.md', 'requirements')
+LINKED = ('llmfoundry', 'scripts', 'yamls', 'mcli', 'launch', 'tests', 'Makefile', 'setup.py', 'README.md', 'requirements')
 
 
 def make_workspace(folder: Path) -> Path:

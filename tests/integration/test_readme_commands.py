@@ -37,7 +37,7 @@ REDUCED = {
     'python scripts/train/benchmarking/finetuning_data.py': ' --rows 300',
     'python scripts/data_prep/benchmarking/benchmark.py': ' --megabytes 1 --repeats 1',
 }
-NUMBER_OF_COMMANDS = {MAIN: 22, DATA_PREP: 8, BENCHMARKS: 6, EXAMPLE: 2}
+NUMBER_OF_COMMANDS = {MAIN: 29, DATA_PREP: 8, BENCHMARKS: 6, EXAMPLE: 2}
 
 
 def readme_commands(name: str) -> list[str]:
