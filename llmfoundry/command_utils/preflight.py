@@ -36,7 +36,7 @@ def check(cfg: TrainConfig, store: Any | None) -> None:
         store: the key-value store that all ranks share; None in a run of one process, which looks at its disk only.
 
     Raises:
-        PreflightError: ranks disagree, or some did not report within ``dist_timeout``. The list is the message on the first rank of each node.
+        PreflightError: ranks disagree, or some did not report within ``dist_timeout``. The list is the message on every rank; the training command prints it once per node.
     """
     mode = os.environ.get(VARIABLE) or 'stop'
     if mode not in MODES:
@@ -173,6 +173,4 @@ def _wait_for_readers(store: Any, own: facts.Facts) -> None:
 
 
 def _list(problems: Sequence[str], own: facts.Facts) -> str:
-    if own['local_rank'] != 0:
-        return 'pre-flight stopped the run; the list is in the output of the first rank of this node'
     return '\n'.join([f'pre-flight: {len(problems)} problem(s) between the {own["world_size"]} rank(s) of this run:', *(f'  {p}' for p in problems)])
