@@ -51,6 +51,7 @@ def resolve_placement(
     if init_device is not None and init_device not in INIT_DEVICES:
         raise ConfigError([ConfigProblem('model.init_device', f'{init_device!r} is not one of {", ".join(INIT_DEVICES)}')])
     fsdp, tp, notes = _what_applies(fsdp_config, tp_config, world_size)
+    is_mixed = init_device == 'mixed'
     if fsdp is not None:
         fsdp = keep_master_weights_dtype(fsdp, master_weights_dtype)
     if init_device in ('meta', 'mixed') and fsdp is None:
@@ -64,6 +65,9 @@ def resolve_placement(
     elif init_device == 'meta' and not has_cuda:
         notes.append('model.init_device: meta -> cpu, since Composer creates sharded weights from the meta device on CUDA only; every rank builds the same weights from the seed')
         init_device = 'cpu'
+    if fsdp is not None and not is_mixed and fsdp.pop('load_monolith_rank0_only', False):
+        # FSDP2 cuts each rank's part from that rank's own weights, and Composer sends rank 0's only to ranks that have none: the others would go on with the weights they were initialised with.
+        notes.append('fsdp_config.load_monolith_rank0_only: used with model.init_device: mixed only, which leaves the other ranks without weights of their own; here every rank reads the file')
     return Placement(init_device, fsdp, tp, tuple(notes))
 
 
