@@ -245,7 +245,7 @@ def test_one_process_starts_from_shards_of_two(runs: Runs, tmp_path: Path) -> No
     trainer = run_config(small_config(tmp_path), f'load_path={runs.folder}/own/ep0-ba{SAVED_AT}')
     saved = torch.load(runs.folder / 'one file', weights_only=False)['state']
     assert int(trainer.state.timestamp.batch) == STEPS and len(train_losses(trainer)) == STEPS - SAVED_AT
-    weights = run_config(small_config(tmp_path), f'load_path={runs.folder}/own/ep0-ba{SAVED_AT}', 'load_weights_only=true', 'optimizer.lr=0.0', 'max_duration=1ba')
+    weights = run_config(small_config(tmp_path), f'load_path={runs.folder}/own/ep0-ba{SAVED_AT}', 'load_weights_only=true', 'optimizer.lr=0.0', 'optimizer.weight_decay=0.0', 'max_duration=1ba')
     for name, tensor in weights.state.model.state_dict().items():
         assert torch.equal(tensor, saved['model'][name])
 
