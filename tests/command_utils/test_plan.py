@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import multiprocessing
 import subprocess
 import sys
 
@@ -90,6 +92,12 @@ def test_activations_grow_with_the_microbatch_and_shrink_with_recomputation(one)
 
 
 def test_sharding_divides_what_is_per_weight():
+    """In a process of its own, since tests of training leave a process group in this one."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+        pool.submit(_check_sharding).result()
+
+
+def _check_sharding():
     whole, sharded = planned(devices=2), planned('fsdp_config.sharding_strategy=FULL_SHARD', devices=2)
     for kind in ('parameter', 'optimizer'):
         assert sharded['at_peak_bytes'][kind] == pytest.approx(whole['at_peak_bytes'][kind] / 2, rel=0.01)

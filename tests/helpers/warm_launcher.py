@@ -59,7 +59,11 @@ class WarmLauncher:
 
     def __exit__(self, *_: object) -> None:
         self.process.stdin.close()
-        self.process.wait(30)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:  # a job that nothing ends; its test has failed by now
+            self.process.kill()
+            self.process.wait()
         self.process.stdout.close()
 
     def start(self, folder: Path, arguments: list[str], ranks: int | None = 2, own_shm: bool = False, **env: str) -> Job:
@@ -76,7 +80,9 @@ class WarmLauncher:
 
     def collect(self, seconds: float) -> None:
         """Takes in what the server says within ``seconds``."""
-        if not select.select([self.process.stdout], [], [], seconds)[0]:
+        poll = select.poll()  # not select, which takes no descriptor above 1023
+        poll.register(self.process.stdout, select.POLLIN)
+        if not poll.poll(seconds * 1000):
             return
         data = os.read(self.process.stdout.fileno(), 65536)
         assert data, 'the server has died'

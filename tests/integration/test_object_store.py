@@ -153,7 +153,8 @@ def test_composer_itself_finds_what_we_wrote(world: World, monkeypatch: pytest.M
     """Names, layout and links are Composer's: its own Trainer resumes from them."""
     for name, value in world.server.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)  # Composer puts what it downloads into a folder called s3:
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')  # Composer puts what it downloads into a folder called s3:
     ours = _trainer(callbacks=[_saver(tmp_path / 'staged')], run_name='c', max_duration='2ba')
     ours.fit()
     ours.close()

@@ -90,7 +90,7 @@ def test_loss_and_gradients_are_those_of_separate_documents(architecture: str, t
 
 def test_packing_self_test_names_flash_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert packing_self_test(build(tmp_path, 'llama'), 67, 128, 'cpu').backend == 'LlamaForCausalLM (attention flash_attention_2)'
-    monkeypatch.setattr(packing, '_document_lengths', lambda ids: torch.full((ids.shape[0],), ids.shape[1]))
+    monkeypatch.setattr(packing, 'run_lengths', lambda ids: torch.full((ids.shape[0],), ids.shape[1]))
     with pytest.raises(PackingSelfTestError, match=r'LlamaForCausalLM \(attention flash_attention_2\): a document changes'):
         packing_self_test(build(tmp_path, 'llama'), 67, 128, 'cpu')
 
