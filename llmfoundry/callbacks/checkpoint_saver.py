@@ -100,12 +100,16 @@ class AtomicCheckpointSaver(CheckpointSaver):
         self._fitting = False
 
     def close(self, state: State, logger: Logger) -> None:
-        """Also called when training has failed: waits for what is in flight, without asking the other ranks, who may be gone."""
+        """Also called when training has failed: waits for what is in flight."""
         del state, logger
-        if self._job is not None:
-            self._job.wait()
+        self.wait()
         if self.target is not None:
             self.target.close()
+
+    def wait(self) -> None:
+        """Waits for the save in flight, if there is one, without asking the other ranks, who may be gone."""
+        if self._job is not None:
+            self._job.wait()
 
     def post_close(self) -> None:
         """Nothing is left to do, and Composer's own would look for its uploader."""

@@ -273,11 +273,15 @@ def fit(trainer: Trainer) -> None:
         raise ConfigError([ConfigProblem(
             'max_duration', f'{end.to_timestring()} is reached already: the checkpoint {trainer.state.load_path} is at batch {int(now.batch)}. Raise max_duration to train on, or use another run_name.',
         )])
+    savers = [c for c in trainer.state.callbacks if isinstance(c, AtomicCheckpointSaver)]
     try:
         trainer.fit()
-        for saver in trainer.state.callbacks:
-            if isinstance(saver, AtomicCheckpointSaver):
-                saver.finish()
+        for saver in savers:
+            saver.finish()
     except ZeroDivisionError as e:
         batch = int(trainer.state.timestamp.batch) + 1
         raise DataError(f'no token of batch {batch} has a target: all labels are -100 (padding, or prompts without responses). Check the data and its masking.') from e
+    finally:
+        if dist.get_world_size() == 1:  # of several, the guard gives each rank time, and does not wait for ranks that are gone
+            for saver in savers:
+                saver.wait()

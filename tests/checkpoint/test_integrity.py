@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import os
+import re
 import tarfile
 import warnings
 import zipfile
@@ -168,7 +169,7 @@ def test_metadata_without_a_seal_is_compared_with_itself(sharded: Path) -> None:
         try:
             found += damage(sharded) is not None
         except RuntimeError as e:  # a class of another name is refused
-            assert 'which no sharded checkpoint needs' in str(e)
+            assert re.search('which no (sharded )?checkpoint needs', str(e))  # the shorter text for members of enums, which older Pythons pickle by name
             found += 1
         path.write_bytes(whole)
     assert found > len(range(0, len(whole), 3)) / 2
