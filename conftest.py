@@ -3,6 +3,9 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
@@ -11,3 +14,12 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 ROOT = Path(__file__).resolve().parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope='module')
+def launcher() -> Iterator[Any]:
+    """Composer's launcher with torch imported, for the module's runs of several processes."""
+    from tests.helpers.warm_launcher import WarmLauncher
+
+    with WarmLauncher() as server:
+        yield server

@@ -1,4 +1,4 @@
-"""Files and links that appear whole or not at all: bytes go to a hidden name in the same folder, are flushed to the disk, and are renamed."""
+"""Checkpoint files and links that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any, Callable
 
 from llmfoundry.checkpoint.remote_store import INCOMPLETE_PREFIX
 from llmfoundry.errors import CheckpointError
+from llmfoundry.whole_files import appearing_whole, flush_folder
 
-__all__ = ['INCOMPLETE_PREFIX', 'failed_write', 'link_atomically', 'sync_folder', 'write_atomically']
+__all__ = ['INCOMPLETE_PREFIX', 'failed_write', 'link_atomically', 'write_atomically']
 
 
 def write_atomically(write: Callable[[Any, str], None], state_dict: Any, filename: str) -> None:
@@ -23,17 +24,15 @@ def write_atomically(write: Callable[[Any, str], None], state_dict: Any, filenam
     folder, name = os.path.split(filename)
     # The suffix stays the same, since Composer chooses the compression by it.
     hidden = os.path.join(folder, INCOMPLETE_PREFIX + name)
+    written = 0
     try:
         os.makedirs(folder or '.', exist_ok=True)
-        write(state_dict, hidden)
-        with open(hidden, 'rb') as f:
-            os.fsync(f.fileno())
-        os.replace(hidden, filename)
-        sync_folder(folder)
+        with appearing_whole(filename, hidden):
+            try:
+                write(state_dict, hidden)
+            finally:
+                written = os.path.getsize(hidden) if os.path.exists(hidden) else 0
     except (OSError, RuntimeError) as e:  # torch's zip writer turns a full disk into a RuntimeError
-        written = os.path.getsize(hidden) if os.path.exists(hidden) else 0
-        with contextlib.suppress(OSError):
-            os.remove(hidden)
         raise failed_write(filename, e, written) from e
 
 
@@ -51,19 +50,9 @@ def link_atomically(target: str, link: str) -> None:
             os.remove(hidden)
         os.symlink(os.path.relpath(target, folder or '.'), hidden)
         os.replace(hidden, link)
-        sync_folder(folder)
+        flush_folder(folder)
     except OSError as e:
         raise failed_write(link, e) from e
-
-
-def sync_folder(folder: str | os.PathLike) -> None:
-    """Flushes the names in a folder to the disk, so that a rename outlives a power cut; file systems that cannot do it are left alone."""
-    with contextlib.suppress(OSError):
-        handle = os.open(os.fspath(folder) or '.', os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def failed_write(path: str, cause: BaseException, written: int | None = None) -> CheckpointError:

@@ -22,6 +22,7 @@ from llmfoundry.checkpoint.reader import parse_files
 from llmfoundry.checkpoint.safe_load import load_checkpoint_file
 from llmfoundry.checkpoint.sharded import ShardedCheckpoint
 from llmfoundry.errors import CheckpointError
+from llmfoundry.whole_files import flush_to_disk
 
 __all__ = ['convert_form', 'read_state']
 
@@ -105,10 +106,8 @@ def _parsed(files: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _write_file(state: dict[str, Any], path: Path) -> None:
-    with path.open('wb') as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
+    torch.save(state, path)
+    flush_to_disk(path)
 
 
 def _write_shards(state: dict[str, Any], folder: Path) -> None:

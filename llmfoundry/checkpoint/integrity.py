@@ -26,6 +26,7 @@ from llmfoundry import dist
 from llmfoundry.checkpoint.metadata_file import METADATA_FILE, read_metadata
 from llmfoundry.checkpoint.torch_zip import NotWhole, damaged_record, is_legacy, read_directory
 from llmfoundry.errors import CheckpointError, UnsafeCheckpointError
+from llmfoundry.whole_files import write_whole
 
 __all__ = ['SEAL_FILE', 'Share', 'damage', 'damage_over_ranks', 'seal', 'unseal']
 
@@ -83,13 +84,7 @@ def damage_over_ranks(path: Path, same_files: bool) -> str | None:
 
 def seal(folder: Path) -> None:
     """Writes the checksum of a finished sharded checkpoint's ``.metadata`` beside it, in the form of ``sha256sum``. Called by one rank, after torch has written ``.metadata``."""
-    target = Path(folder) / SEAL_FILE
-    hidden = target.with_name(f'{SEAL_FILE}.tmp')
-    with hidden.open('w', encoding='ascii') as f:
-        f.write(f'{_sha256(Path(folder) / METADATA_FILE)}  {METADATA_FILE}\n')
-        f.flush()
-        os.fsync(f.fileno())
-    hidden.replace(target)
+    write_whole(Path(folder) / SEAL_FILE, f'{_sha256(Path(folder) / METADATA_FILE)}  {METADATA_FILE}\n')
 
 
 def unseal(folder: Path) -> None:

@@ -18,9 +18,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.utils import _DistWrapper
 
-from llmfoundry.checkpoint.atomic_files import failed_write, sync_folder
+from llmfoundry.checkpoint.atomic_files import failed_write
 from llmfoundry.checkpoint.integrity import seal, unseal
 from llmfoundry.checkpoint.metadata_file import METADATA_FILE
+from llmfoundry.whole_files import flush_folder
 
 __all__ = ['ShardedSave']
 
@@ -93,7 +94,7 @@ class ShardedSave:
         try:
             self.writer.finish(self.metadata, [results for results in written if results is not None])
             seal(self.folder)
-            sync_folder(self.folder)
+            flush_folder(self.folder)
         except (OSError, RuntimeError) as e:
             raise failed_write(str(self.folder), e, self._size()) from e
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
 
+from llmfoundry.command_utils.error_report import exit_code_of
 from llmfoundry.typed_registry import resolve_target
 
 __all__ = ['ConvertArgs', 'convert_checkpoint', 'main', 'parse_args']
@@ -74,12 +75,8 @@ def convert_checkpoint(args: ConvertArgs) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command; 1 with one message for what a user can mend."""
-    try:
-        convert_checkpoint(parse_args(argv))
-    except (OSError, RuntimeError, ValueError) as e:
-        print(f'{type(e).__name__}: {e}', file=sys.stderr)
-        return 1
-    return 0
+    args = parse_args(argv)
+    return exit_code_of(lambda: convert_checkpoint(args))
 
 
 if __name__ == '__main__':

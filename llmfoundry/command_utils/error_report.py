@@ -14,11 +14,13 @@ from llmfoundry import dist
 from llmfoundry.errors import BaseContextualError, CheckpointError, ConfigError, DataError
 from llmfoundry.typed_registry import RegistryError
 
-__all__ = ['EXPLAINED_ERRORS', 'format_error', 'run_or_exit']
+__all__ = ['EXPLAINED_ERRORS', 'MENDABLE_ERRORS', 'exit_code_of', 'format_error', 'run_or_exit']
 
 T = TypeVar('T')
 
 EXPLAINED_ERRORS = (ConfigError, DataError, BaseContextualError, CheckpointError, RegistryError)
+# What a command that reads and writes checkpoints raises about its arguments, files and packages.
+MENDABLE_ERRORS = (OSError, RuntimeError, ValueError, ImportError)
 TRACEBACK_VARIABLE = 'LLMFOUNDRY_TRACEBACK'
 
 
@@ -43,3 +45,13 @@ def run_or_exit(function: Callable[[], T]) -> T:
             raise
         print(format_error(e), file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def exit_code_of(function: Callable[[], object], errors: tuple[type[Exception], ...] = MENDABLE_ERRORS) -> int:
+    """Calls ``function``; 0, or 1 after one of ``errors``, which is printed to stderr as one message."""
+    try:
+        function()
+    except errors as e:
+        print(f'{type(e).__name__}: {e}', file=sys.stderr)
+        return 1
+    return 0

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from typing import Sequence
 
+from llmfoundry.command_utils.error_report import exit_code_of
 from llmfoundry.command_utils.inference.arguments import boolean
 from llmfoundry.typed_registry import resolve_target
 
@@ -79,12 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command; 1 with one message for what a user can mend."""
     args = parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
-    try:
-        merge_adapter(args)
-    except (OSError, RuntimeError, ValueError, ImportError) as e:
-        print(f'{type(e).__name__}: {e}', file=sys.stderr)
-        return 1
-    return 0
+    return exit_code_of(lambda: merge_adapter(args))
 
 
 if __name__ == '__main__':

@@ -94,7 +94,8 @@ class CheckedStreamingDataset(StreamingDataset):
         """Where the shards of a stream are."""
         return os.path.join(stream.local, stream.split or '')
 
-    def _shard_path(self, shard_id: int) -> str:
+    def shard_path(self, shard_id: int) -> str:
+        """Where the shard lies, or will lie when it is fetched."""
         return os.path.join(self.folder_of(self.streams[self.stream_per_shard[shard_id]]), self.shards[shard_id].raw_data.basename)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
@@ -107,11 +108,11 @@ class CheckedStreamingDataset(StreamingDataset):
                 self._cache_filelock.release(force=True)
             stream = self.streams[self.stream_per_shard[shard_id]]
             source = f' from {stream.remote}' if stream.remote else ''
-            failure = DataError(f'the shard could not be prepared{source}: {type(e).__name__}: {one_line(e)}', file=self._shard_path(shard_id))
+            failure = DataError(f'the shard could not be prepared{source}: {type(e).__name__}: {one_line(e)}', file=self.shard_path(shard_id))
             if hasattr(self, '_event'):
                 self._event.publish(str(failure))
             raise failure from e
-        path = self._shard_path(shard_id)
+        path = self.shard_path(shard_id)
         if shard_id not in self._size_checked and self._shard_states[shard_id] == _ShardState.LOCAL:
             self._size_checked.add(shard_id)
             problem = shard_checks.file_size_problem(path, self.shards[shard_id].raw_data.bytes)
@@ -147,10 +148,10 @@ class CheckedStreamingDataset(StreamingDataset):
         except (OSError, ValueError, IndexError, RuntimeError, KeyError, TypeError) as e:
             if hasattr(self, '_event') and self._event.reason():
                 raise DataError(self._event.reason()) from e
-            raise DataError(f'cannot be read: {type(e).__name__}: {one_line(e)}', file=self._shard_path(shard_id), sample=int(position)) from e
+            raise DataError(f'cannot be read: {type(e).__name__}: {one_line(e)}', file=self.shard_path(shard_id), sample=int(position)) from e
         if shard_id not in self._hash_checked:
             self._check_hash(shard_id)
-        return self.decode(sample, self._shard_path(shard_id), int(position))
+        return self.decode(sample, self.shard_path(shard_id), int(position))
 
     def _check_hash(self, shard_id: int) -> None:
         """Streaming compares hashes of downloads only, and if ``validate_hash`` is set; here also what lay in `local` already is compared, once per process.
@@ -160,7 +161,7 @@ class CheckedStreamingDataset(StreamingDataset):
         hashes = self.shards[shard_id].raw_data.hashes
         algorithm = self.streams[self.stream_per_shard[shard_id]].validate_hash or next((name for name in shard_checks.FAST_HASHES if name in hashes), None)
         if algorithm:
-            shard_checks.check_hash(self._shard_path(shard_id), {'hashes': hashes}, algorithm)
+            shard_checks.check_hash(self.shard_path(shard_id), {'hashes': hashes}, algorithm)
         self._hash_checked.add(shard_id)
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping
 
+import torch
 from composer.core import DataSpec
 from streaming import StreamingDataLoader
 from torch.utils.data import DataLoader
@@ -59,10 +60,13 @@ def loader_arguments(num_workers: int, pin_memory: bool, prefetch_factor: int | 
 
     torch refuses ``prefetch_factor``, ``persistent_workers`` and ``timeout`` without workers, although they then mean nothing; so that one changed key (``num_workers: 0``)
     is enough to debug a YAML, they are left out.
+
+    torch draws a seed for the workers whenever a loader is read from its start, from the generator of dropout unless the loader has one of its own. How often that happens depends on
+    persistent workers and on evaluations, and dropout would with it; so it gets one.
     """
     if num_workers < 0:
         raise ValueError(f'num_workers must be 0 (load in the training process) or more, got {num_workers}')
-    arguments: dict[str, Any] = {'num_workers': num_workers, 'pin_memory': pin_memory}
+    arguments: dict[str, Any] = {'num_workers': num_workers, 'pin_memory': pin_memory, 'generator': torch.Generator().manual_seed(torch.initial_seed() % 2**63)}
     if num_workers > 0:
         arguments.update(prefetch_factor=prefetch_factor, persistent_workers=persistent_workers, timeout=timeout)
     else:

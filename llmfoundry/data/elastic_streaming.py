@@ -240,7 +240,7 @@ class ElasticStreamingDataset(CheckedStreamingDataset):
     def probe(self, shard_id: int) -> int | None:
         """See ``probes``; None for a shard that does not lie here."""
         try:
-            with open(self._shard_path(shard_id), 'rb') as f:
+            with open(self.shard_path(shard_id), 'rb') as f:
                 f.seek(-min(_PROBED_BYTES, os.fstat(f.fileno()).st_size), os.SEEK_END)
                 return zlib.crc32(f.read())
         except OSError:

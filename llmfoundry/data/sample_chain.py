@@ -204,7 +204,7 @@ def explain_difference(record: ChainRecord, plan: Any) -> str | None:
     elif shards:
         seen = np.flatnonzero(np.isin(plan.shard_of(ids[: int(record.counts.sum())]), shards)) if ids is not None else []
         first = f', first read in step {record.first_step + int(np.searchsorted(np.cumsum(record.counts), seen[0], side="right")) + 1} of the run' if len(seen) else ''
-        what = f'the numbers of the samples are the same, but shard {shards[0]} holds other bytes{first} ({len(shards)} of {len(record.probes)} shards that were looked at differ)'
+        what = f'the numbers of the samples are the same, but {plan.shard_path(shards[0])} holds other bytes{first} ({len(shards)} of {len(record.probes)} shards that were looked at differ). The file is damaged or another one'
     elif data_changes:
         what = f'the numbers of the samples up to step {record.last_step} are the same, but they are numbers in other data'
     else:

@@ -7,6 +7,9 @@ Here every run gets a folder of its own, in which the number is written down *be
 drops that lock when the owner dies, however it dies: at each start the folders without a live owner are cleared, together with exactly the blocks that they name. Blocks that no folder of
 ours names belong to someone else; they are left alone and their numbers are not used. The alternative, comparing process ids and start times, mistakes jobs in other
 containers for dead ones; both are recorded all the same, for the reader.
+
+Between the choice of a number and its blocks lies a collective, so a lock over both would stop two launchers of one job on one machine, each of which waits for the other. Instead
+the number is reserved by a file of its own, ``NNNNNN_reserved``, beside the blocks: seen by all users and containers that share the numbers, and held by an ``flock`` as well.
 """
 
 from __future__ import annotations
@@ -40,10 +43,9 @@ __all__ = ['RunFolder', 'SharedFailure', 'clean_dead_runs', 'exclusive_start', '
 log = logging.getLogger(__name__)
 
 _SHM_ROOT = Path('/dev/shm')
-_BLOCK = re.compile(rf'^(\d{{6}})_({"|".join(SHM_TO_CLEAN)})$')
+_RESERVED = 'reserved'
+_BLOCK = re.compile(rf'^(\d{{6}})_({"|".join((*SHM_TO_CLEAN, _RESERVED))})$')
 _OWNER_FILE = 'owner.json'
-# Long enough for any start on a busy node; after it two jobs may, at worst, race for the same number, and Streaming then says so.
-_LOCK_TIMEOUT_S = 60.0
 _WORKER_EXIT_TIMEOUT_S = 5.0
 # A folder without owner file is either being made, which takes milliseconds, or was left by a worker that outlived its parent.
 _OWNERLESS_AGE_S = 600.0
@@ -74,7 +76,7 @@ def runs_folder() -> Path:
 
 
 def prefixes_in_use() -> set[int]:
-    """Numbers under which any shared-memory block of Streaming exists on this machine (Linux; elsewhere nothing can be listed)."""
+    """Numbers under which any shared-memory block of Streaming, or a reservation, exists on this machine (Linux; elsewhere nothing can be listed)."""
     with contextlib.suppress(OSError):
         return {int(match.group(1)) for name in os.listdir(_SHM_ROOT) if (match := _BLOCK.match(name))}
     return set()
@@ -86,6 +88,8 @@ def clean_dead_runs() -> list[int]:
     Returns:
         The numbers that were freed.
     """
+    for marker in _SHM_ROOT.glob(f'[0-9]*_{_RESERVED}'):
+        _remove_if_dead(marker)
     freed: list[int] = []
     for owner_file in sorted(runs_folder().glob(f'run-*/{_OWNER_FILE}')):
         try:
@@ -158,8 +162,7 @@ class SharedFailure(threading.Event):
 def exclusive_start(check: Callable[[], None] | None = None) -> Iterator[None]:
     """Build a StreamingDataset inside this context, on all ranks at once.
 
-    The node's first rank takes a machine-wide lock (jobs that start together would pick the same number), clears dead runs, runs ``check``, and writes down the number that Streaming
-    is about to take. Every rank then sees the run's folder as the temp folder while the dataset is built. The environment is not changed, so caches of other libraries stay where they are.
+    The node's first rank runs ``check``, clears dead runs, and reserves and writes down the number that Streaming is about to take. Every rank then sees the run's folder as the temp folder while the dataset is built. The environment is not changed, so caches of other libraries stay where they are.
 
     Args:
         check: looks at local files, once per node; a DataError that it raises is raised on every rank, instead of leaving the others at a barrier.
@@ -184,13 +187,12 @@ def exclusive_start(check: Callable[[], None] | None = None) -> Iterator[None]:
 
 def _lead_start(stack: contextlib.ExitStack, check: Callable[[], None] | None) -> tuple[str | None, DataError | None]:
     """The leader's part: returns the run folder's path, or the error that every rank shall raise."""
-    stack.enter_context(_machine_lock())
     try:
         if check is not None:
             check()
         clean_dead_runs()
         run = _run_folder(None)
-        _reserve_next_prefix(run)
+        run.record(stack.enter_context(_next_prefix(run)))
     except DataError as e:
         return None, e
     except OSError as e:
@@ -247,38 +249,71 @@ def _remove_at_exit(run: RunFolder) -> None:
     shutil.rmtree(run.path, ignore_errors=True)
 
 
-def _reserve_next_prefix(run: RunFolder) -> None:
-    """Makes Streaming take a number that nobody uses, and records it.
+@contextlib.contextmanager
+def _next_prefix(run: RunFolder) -> Iterator[int]:
+    """Makes Streaming take a number that nobody uses, and reserves it until the context ends, when the blocks are there.
 
     Streaming takes the first number with neither blocks nor lock files, and stops with "Reused local directory" where foreign blocks name the same folder. A lock file makes it
     skip a number unseen, so leftovers that are not ours to remove cannot stop it.
     """
-    busy = prefixes_in_use()
-    for prefix in busy:
-        Path(run.path, f'{prefix:06d}_{BARRIER_FILELOCK}').touch()
     own = {int(p.name[:6]) for p in Path(run.path).glob('[0-9]*_*filelock')}
-    run.record(next(prefix for prefix in count() if prefix not in busy | own))
-
-
-@contextlib.contextmanager
-def _machine_lock() -> Iterator[None]:
-    """Holds an flock on /dev/shm itself: seen by all users and containers that share the numbers, and nothing is left behind."""
-    fd = None
+    busy = prefixes_in_use()
+    for prefix in count():
+        if prefix in own:
+            continue
+        if prefix not in busy and (marker := _reserve(prefix)) is not None:
+            break
+        Path(run.path, f'{prefix:06d}_{BARRIER_FILELOCK}').touch()
     try:
-        fd = os.open(_SHM_ROOT, os.O_RDONLY)
-        deadline = time.monotonic() + _LOCK_TIMEOUT_S
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.02)
-    except OSError as e:
-        log.debug('No machine-wide lock (%s); two jobs that start in the same moment may collide', e)
-    try:
-        yield
+        yield prefix
     finally:
-        if fd is not None:
+        marker.release()
+
+
+@dataclass
+class _Marker:
+    """A reservation; without a file where there is no folder of shared memory to see."""
+
+    path: Path
+    fd: int | None
+
+    def release(self) -> None:
+        if self.fd is not None:
+            self.path.unlink(missing_ok=True)
+            os.close(self.fd)
+
+
+def _reserve(prefix: int) -> _Marker | None:
+    """The reservation of ``prefix``, None if somebody else has it or has made its blocks."""
+    path = _SHM_ROOT / f'{prefix:06d}_{_RESERVED}'
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return None
+    except OSError as e:
+        log.debug('Numbers of shared memory cannot be reserved (%s); two jobs that start in the same moment may collide', e)
+        return _Marker(path, None)
+    marker = _Marker(path, fd)
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A start that cleans may have taken the file for a dead one's before it was locked. Blocks may have appeared since the numbers in use were listed, made by one whose reservation has ended.
+        if os.fstat(fd).st_nlink and not any((_SHM_ROOT / f'{prefix:06d}_{name}').exists() for name in SHM_TO_CLEAN):
+            return marker
+        if os.fstat(fd).st_nlink:
+            path.unlink(missing_ok=True)
+    os.close(fd)
+    return None
+
+
+def _remove_if_dead(marker: Path) -> None:
+    """Removes a reservation that nobody holds."""
+    with contextlib.suppress(OSError):
+        fd = os.open(marker, os.O_RDWR)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:
+                marker.unlink()
+        finally:
             os.close(fd)
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / 'llmfoundry'
 
 # Layer numbers of the design; L2 components also have an order among themselves.
-L0 = {'errors', 'registry', 'layers_registry', 'typed_registry', 'dist', 'lazy', 'experimental', 'phases', 'gloo_average', '_version'}
+L0 = {'errors', 'registry', 'layers_registry', 'typed_registry', 'dist', 'lazy', 'experimental', 'phases', 'gloo_average', 'whole_files', '_version'}
 L2_ORDER = [
     {'interfaces', 'tokenizers', 'optim', 'metrics', 'loggers', 'algorithms', 'tp'},
     {'models'},

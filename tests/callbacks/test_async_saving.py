@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -186,12 +186,6 @@ def slow(self, plan, planner):
     return write(self, plan, planner)
 FileSystemWriter.write_data = slow
 """
-
-
-@pytest.fixture(scope='module')
-def launcher() -> Iterator[WarmLauncher]:
-    with WarmLauncher() as started:
-        yield started
 
 
 def _start(launcher: WarmLauncher, folder: Path, config: dict[str, Any]) -> Job:

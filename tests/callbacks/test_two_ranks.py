@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +15,6 @@ from llmfoundry.loggers.metrics_file import read_metrics
 from tests.helpers.mds import write_token_mds
 from tests.helpers.train_runs import SEQ_LEN, make_data, run_config, tiny_config, train_losses
 from tests.helpers.warm_launcher import WarmLauncher
-
-
-@pytest.fixture(scope='module')
-def launcher() -> Iterator[WarmLauncher]:
-    with WarmLauncher() as server:
-        yield server
 
 
 @pytest.fixture(scope='module')

@@ -14,6 +14,8 @@ import pytest
 
 from llmfoundry.data import shm_hygiene
 from llmfoundry.data.text_data import StreamingTextDataset
+from llmfoundry.tokenizers import build_tokenizer
+from tests.helpers.processes import run_in_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not Path('/dev/shm').is_dir(), reason='shared memory cannot be listed here')
@@ -132,6 +134,61 @@ def test_the_number_is_recorded_and_the_environment_unchanged(gpt2: Any, shared_
     assert tempfile.tempdir == saved and os.environ['TMPDIR'] == str(runs)
     assert shm_hygiene.clean_dead_runs() == [], 'a live run, this one, is not cleaned'
     assert owner.exists() and blocks(dataset._shm_prefix_int)
+
+
+def _start_both_nodes(data: str, local: str, runs: str) -> tuple[int, int, float]:
+    """The rank of a node of its own, whose launcher shares the machine, the temp folder and the data with the other's."""
+    import torch.distributed as dist
+
+    os.environ.update(LOCAL_RANK='0', LOCAL_WORLD_SIZE='1', TMPDIR=runs)
+    tokenizer = build_tokenizer('llmfoundry://gpt2', {})
+    dist.barrier()
+    started = time.monotonic()
+    dataset = StreamingTextDataset(tokenizer, 16, remote=data, local=local, split='train', batch_size=4)
+    dist.barrier()
+    return dataset._shm_prefix_int, len(dataset), time.monotonic() - started
+
+
+def test_two_launchers_of_one_job_do_not_wait_for_each_other(shared_tokens: Path, runs: Path, tmp_path: Path) -> None:
+    (first, length, seconds), (second, other_length, _) = run_in_processes(_start_both_nodes, 2, str(shared_tokens), str(tmp_path / 'local'), str(runs))
+    assert first != second and length == other_length
+    assert seconds < 50, 'one waited for a lock of the other'
+
+
+def _reserve_and_wait(runs: str, turns: int) -> list[int]:
+    """Reserves numbers in a race with the other processes and makes their first blocks."""
+    import torch.distributed as dist
+
+    os.environ['TMPDIR'] = runs
+    taken = []
+    for _ in range(turns):
+        dist.barrier()
+        with shm_hygiene._next_prefix(shm_hygiene._run_folder(None)) as prefix:
+            Path(f'/dev/shm/{prefix:06d}_locals').touch(exist_ok=False)
+            Path(os.environ['TMPDIR'], f'{prefix}').touch(exist_ok=False)
+        taken.append(prefix)
+        shm_hygiene.clean_dead_runs()
+    dist.barrier()
+    for prefix in taken:
+        Path(f'/dev/shm/{prefix:06d}_locals').unlink()
+    return taken
+
+
+def test_numbers_are_reserved_for_one_only(runs: Path) -> None:
+    taken = [prefix for each in run_in_processes(_reserve_and_wait, 3, str(runs), 20) for prefix in each]
+    assert len(set(taken)) == len(taken) == 60
+    assert not list(Path('/dev/shm').glob('*_reserved'))
+
+
+def test_a_reservation_outlives_its_owner_until_the_next_start(runs: Path) -> None:
+    code = 'import os; from llmfoundry.data import shm_hygiene as s; m = s._next_prefix(s._run_folder(None)); print(m.__enter__(), flush=True); os.kill(os.getpid(), 9)'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, 'TMPDIR': str(runs)}, capture_output=True, text=True, check=False)
+    marker = Path(f'/dev/shm/{int(done.stdout):06d}_reserved')
+    assert marker.exists() and int(done.stdout) in shm_hygiene.prefixes_in_use()
+    with shm_hygiene._next_prefix(shm_hygiene._run_folder(None)) as held:
+        shm_hygiene.clean_dead_runs()
+        assert not marker.exists() and held in shm_hygiene.prefixes_in_use()
+    assert held not in shm_hygiene.prefixes_in_use()
 
 
 def test_a_folder_that_lost_its_owner_file_is_removed_when_it_is_old(runs: Path) -> None:

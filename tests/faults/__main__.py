@@ -45,7 +45,7 @@ def main() -> int:
         return row
 
     with contextlib.nullcontext() if args.cold else WarmLauncher() as launcher:
-        campaign = prepare(folder, launcher=launcher)
+        campaign = prepare(folder, launcher)
         rows = [one(campaign, *numbered) for numbered in faults]
     left = sorted(set(os.listdir('/dev/shm')) - shared_memory) if shared_memory or os.path.isdir('/dev/shm') else []
     counts = collections.Counter(row.status for row in rows)

@@ -1,4 +1,4 @@
-"""The reference runs, one fault with further tries where it came too late, and the table."""
+"""One fault, with further tries where it came too late, and the table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.jobs import Job, JobFailed, NotInjected, base_config, final_digest, make_campaign_data
+from tests.faults.jobs import JobFailed, NotInjected, make_campaign_data
 from tests.faults.kinds import Campaign, Failed, Fault, Outcome, Skipped
 from tests.helpers.warm_launcher import WarmLauncher
 
@@ -32,19 +32,9 @@ class Row:
         return f'{self.status:9} {self.outcome.fault} at {self.outcome.moment}: exit {self.outcome.exit_code}; {self.outcome.cause}; {self.outcome.result}'
 
 
-def prepare(folder: Path, sharded: bool = True, launcher: WarmLauncher | None = None) -> Campaign:
-    """Writes the data and trains the references that nothing happens to, on two ranks."""
-    data = make_campaign_data(folder / 'data')
-    digests = {}
-    for form in (False, True) if sharded else (False,):
-        job = Job(folder / f'reference-{"sharded" if form else "whole"}', base_config(data, form), launcher=launcher)
-        job.start()
-        if job.wait() != 0:
-            raise JobFailed(f'the reference run failed: {job.output[-2000:]}')
-        digests[form] = final_digest(Path(job.config['save_folder']), form)
-        if left := job.leftovers():
-            raise JobFailed(f'the reference run left behind: {", ".join(left)}')
-    return Campaign(folder, data, digests, random.Random(0), launcher)
+def prepare(folder: Path, launcher: WarmLauncher | None = None) -> Campaign:
+    """Writes the data that all runs train on."""
+    return Campaign(folder, make_campaign_data(folder / 'data'), random.Random(0), launcher)
 
 
 def produce(campaign: Campaign, fault: Fault, place: Path, rng: random.Random) -> Row:

@@ -157,6 +157,18 @@ class Job:
     def wait_for_step(self, step: int) -> None:
         self.wait_until(lambda: self.step() >= step, f'step {step}')
 
+    def sleep(self, seconds: float) -> None:
+        """Waits while the run runs.
+
+        Raises:
+            NotInjected: it ended first.
+        """
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if (code := self.code()) is not None:
+                raise NotInjected(f'the run ended with {code} within {seconds:.1f} s')
+            time.sleep(0.01)
+
     def pids(self) -> list[int]:
         """Every process of this job that is alive: those of its session, and those that carry its mark."""
         found = []

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-from tests.faults.jobs import SAVE_EVERY, STEPS, Job, base_config, final_digest, parent_of
+from tests.faults.jobs import SAVE_EVERY, STEPS, Job, JobFailed, base_config, final_digest, parent_of
 from tests.helpers.warm_launcher import WarmLauncher
 
 __all__ = ['KINDS', 'Campaign', 'Failed', 'Fault', 'Outcome', 'Skipped']
@@ -34,18 +34,47 @@ class Skipped(Exception):
     """This machine cannot produce the fault."""
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A run that nothing happened to: what it ended with, and the time from its command to its first step and to its end."""
+
+    digest: str
+    start_s: float
+    run_s: float
+
+
 @dataclass
 class Campaign:
-    """What all faults share: a folder, data, and the weights of runs that nothing happened to (``True`` for sharded checkpoints)."""
+    """What all faults share: a folder, data, and the runs that nothing happened to, by form of checkpoint and number of processes."""
 
     folder: Path
     data: Path
-    digests: dict[bool, str]
     rng: random.Random
     launcher: WarmLauncher | None = None
+    references: dict[tuple[bool, int], Reference] = field(default_factory=dict)
 
     def job(self, folder: Path, config: dict[str, Any], ranks: int = 2, environment: dict[str, str] | None = None) -> Job:
         return Job(folder, config, ranks, environment, self.launcher)
+
+    def reference(self, sharded: bool = False, ranks: int = 2) -> Reference:
+        """Trained when it is first needed.
+
+        Raises:
+            JobFailed: it ended badly or left something behind.
+        """
+        if (sharded, ranks) not in self.references:
+            job = self.job(self.folder / f'reference-{"sharded" if sharded else "whole"}-{ranks}', base_config(self.data, sharded), ranks)
+            begin = time.monotonic()
+            job.start()
+            job.wait_for_step(0)
+            started = time.monotonic()
+            if job.wait() != 0:
+                raise JobFailed(f'the reference run failed: {job.output[-2000:]}')
+            end = time.monotonic()
+            if left := job.leftovers():
+                raise JobFailed(f'the reference run left behind: {", ".join(left)}')
+            self.references[sharded, ranks] = Reference(final_digest(Path(job.config['save_folder']), sharded), started - begin, end - begin)
+        return self.references[sharded, ranks]
 
 
 @dataclass
@@ -71,7 +100,7 @@ class Fault:
 
 def cause_of(output: str) -> str:
     """The line of the output that says what happened: the class of the summary, else our error block, else the last exception."""
-    for pattern in (r'^class: +(.+)$', r'^ERROR[^\n]*: (\w+[^\n]*\n[^\n]+)', r'^(autoresume: [^\n]+)$', r'^(\w*(?:Error|Exception): [^\n]+)$'):
+    for pattern in (r'^class: +(.+)$', r'^ERROR[^\n]*: (\w+[^\n]*\n[^\n]+)', r'^(\w*(?:Error|Exception): [^\n]+)$'):
         found = re.findall(pattern, output, re.MULTILINE)
         if found:
             return ' '.join(found[0].split())[:160]
@@ -80,11 +109,19 @@ def cause_of(output: str) -> str:
 
 def check_final(campaign: Campaign, job: Job, sharded: bool = False, folder: Path | None = None) -> None:
     """Raises Failed unless the run's last checkpoint is the reference's, to the bit, and nothing is left behind."""
-    if final_digest(folder or Path(job.config['save_folder']), sharded) != campaign.digests[sharded]:
+    if final_digest(folder or Path(job.config['save_folder']), sharded) != campaign.reference(sharded, job.ranks).digest:
         raise Failed('the final weights differ from those of the run that nothing happened to')
     left = job.leftovers()
     if left:
         raise Failed(f'left behind: {", ".join(left)}')
+
+
+def kill(job: Job, outcome: Outcome, step: int | None = None) -> None:
+    """SIGKILL to every process of a job that runs, when it has reached ``step``."""
+    if step is not None:
+        job.wait_for_step(step)
+    job.kill_everything()
+    outcome.exit_code, outcome.cause = job.wait(), '(nobody is left to name it)'
 
 
 def resume(job: Job, outcome: Outcome) -> None:
@@ -93,7 +130,14 @@ def resume(job: Job, outcome: Outcome) -> None:
     code = job.wait()
     if code != 0:
         raise Failed(f'the resumed run ended with {code}: {cause_of(job.output) or job.output[-600:]}')
-    outcome.result = 'bit-identical'
+    outcome.result += 'bit-identical'
+
+
+def goes_on(campaign: Campaign, job: Job, outcome: Outcome, sharded: bool = False) -> Outcome:
+    """The resumed run ends well and with the right weights."""
+    resume(job, outcome)
+    check_final(campaign, job, sharded)
+    return outcome
 
 
 def refuse(job: Job, outcome: Outcome, cause: str) -> None:
@@ -126,13 +170,11 @@ def signalled(who: str, number: signal.Signals, sharded: bool = False, ranks: in
         outcome = Outcome(f'{_SIGNALS[number]} of {who}', f'step {step}')
         job.start()
         job.wait_for_step(0)
-        target = {'rank 0': lambda: job.rank_pid(0), 'rank 1': lambda: job.rank_pid(1)}.get(who, lambda: job.pid)()
+        target = job.rank_pid(int(who[-1])) if who.startswith('rank') else job.pid
         job.wait_for_step(step)
         (os.killpg if who == 'all processes' else os.kill)(target, number)
         _after_death(job, outcome)
-        resume(job, outcome)
-        check_final(campaign, job, sharded)
-        return outcome
+        return goes_on(campaign, job, outcome, sharded)
 
     return produce
 
@@ -140,15 +182,12 @@ def signalled(who: str, number: signal.Signals, sharded: bool = False, ranks: in
 def killed_while_starting(campaign: Campaign, folder: Path) -> Outcome:
     """All processes, somewhere between the start of the command and the first steps."""
     job = campaign.job(folder, base_config(campaign.data))
-    seconds = campaign.rng.uniform(2, 20)
-    outcome = Outcome('kill -9 of all processes while starting', f'{seconds:.1f} s')
+    seconds = campaign.rng.uniform(0, 1.2) * campaign.reference().start_s
+    outcome = Outcome('kill -9 of all processes while starting', f'{seconds:.1f} s after the command')
     job.start()
-    time.sleep(seconds)
-    job.kill_everything()
-    outcome.exit_code = job.wait()
-    resume(job, outcome)
-    check_final(campaign, job)
-    return outcome
+    job.sleep(seconds)
+    kill(job, outcome)
+    return goes_on(campaign, job, outcome)
 
 
 def killed_twice(campaign: Campaign, folder: Path) -> Outcome:
@@ -159,14 +198,9 @@ def killed_twice(campaign: Campaign, folder: Path) -> Outcome:
     for step in (steps[0], None, steps[1]):
         job.start()
         if step is None:
-            time.sleep(campaign.rng.uniform(4, 12))
-        else:
-            job.wait_for_step(step)
-        job.kill_everything()
-        outcome.exit_code = job.wait()
-    resume(job, outcome)
-    check_final(campaign, job)
-    return outcome
+            job.sleep(campaign.rng.uniform(0.5, 1.1) * campaign.reference().start_s)
+        kill(job, outcome, step)
+    return goes_on(campaign, job, outcome)
 
 
 def killed_in_write(sharded: bool, who: str) -> Callable[[Campaign, Path], Outcome]:
@@ -183,9 +217,7 @@ def killed_in_write(sharded: bool, who: str) -> Callable[[Campaign, Path], Outco
         job.wait_until(lambda: _is_writing(save_folder, step), f'the write of the checkpoint of step {step}')
         job.kill_everything() if target is None else os.kill(target, signal.SIGKILL)
         _after_death(job, outcome)
-        resume(job, outcome)
-        check_final(campaign, job, sharded)
-        return outcome
+        return goes_on(campaign, job, outcome, sharded)
 
     return produce
 
@@ -215,9 +247,7 @@ def full_disk(sharded: bool) -> Callable[[Campaign, Path], Outcome]:
                 raise Failed(f'the full disk is not named: {job.output[-600:]}')
             outcome.cause = outcome.cause or 'could not be written'
             subprocess.run(['mount', '-o', 'remount,size=400m', str(disk)], check=True)
-            resume(job, outcome)
-            check_final(campaign, job, sharded)
-        return outcome
+            return goes_on(campaign, job, outcome, sharded)
 
     return produce
 
@@ -245,20 +275,14 @@ def damaged_shard(how: str) -> Callable[[Campaign, Path], Outcome]:
         shard = campaign.rng.choice(sorted((data / 'train').glob('shard.*')))
         outcome = Outcome(f'{how} data shard', f'step {step}, {shard.name}')
         job.start()
-        job.wait_for_step(step)
-        job.kill_everything()
-        outcome.exit_code = job.wait()
+        kill(job, outcome, step)
         whole = shard.read_bytes()
         place = campaign.rng.randrange(len(whole))
         damage(shard, how, place)
         outcome.moment += f', byte {place}'
         refuse(job, outcome, re.escape(shard.name))
         shard.write_bytes(whole)
-        mended = outcome.result
-        resume(job, outcome)
-        outcome.result = mended + outcome.result
-        check_final(campaign, job)
-        return outcome
+        return goes_on(campaign, job, outcome)
 
     return produce
 
@@ -281,16 +305,15 @@ def damaged_checkpoint(how: str, sharded: bool = False, which: str = '*') -> Cal
     def produce(campaign: Campaign, folder: Path) -> Outcome:
         job = campaign.job(folder, base_config(campaign.data, sharded))
         step = _random_step(campaign, first=2 * SAVE_EVERY + 2)
+        outcome = Outcome(f'{how} {"sharded " if sharded else ""}checkpoint')
         job.start()
-        job.wait_for_step(step)
-        job.kill_everything()
-        code = job.wait()
+        kill(job, outcome, step)
         save_folder = Path(job.config['save_folder'])
         newest = max(_checkpoints(save_folder, sharded), key=lambda p: int(re.search(r'ba(\d+)', p.name).group(1)))  # type: ignore[union-attr]
         files = [newest] if newest.is_file() else sorted(p for p in newest.rglob(which) if p.is_file())
         target = campaign.rng.choice(files)
         place = campaign.rng.randrange(target.stat().st_size)
-        outcome = Outcome(f'{how} {"sharded " if sharded else ""}checkpoint', f'step {step}, {target.name}, byte {place}', code)
+        outcome.moment = f'step {step}, {target.name}, byte {place}'
         damage(target, how, place)
         resume(job, outcome)
         said = re.search(r'^.*(?:damaged|incomplete|corrupt)[^\n]*$', job.output, re.MULTILINE)
@@ -313,15 +336,10 @@ def lost_latest(campaign: Campaign, folder: Path) -> Outcome:
     step = _random_step(campaign, first=2 * SAVE_EVERY + 2)
     outcome = Outcome('latest names a file that is gone', f'step {step}')
     job.start()
-    job.wait_for_step(step)
-    job.kill_everything()
-    outcome.exit_code = job.wait()
+    kill(job, outcome, step)
     latest = Path(job.config['save_folder']) / 'latest-rank0.pt'
     latest.resolve().unlink()
-    resume(job, outcome)
-    outcome.cause = cause_of(job.output)
-    check_final(campaign, job)
-    return outcome
+    return goes_on(campaign, job, outcome)
 
 
 def stalled_worker(campaign: Campaign, folder: Path) -> Outcome:
@@ -341,9 +359,7 @@ def stalled_worker(campaign: Campaign, folder: Path) -> Outcome:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
     _after_death(job, outcome)
-    resume(job, outcome)
-    check_final(campaign, job)
-    return outcome
+    return goes_on(campaign, job, outcome)
 
 
 def _is_python(pid: int) -> bool:

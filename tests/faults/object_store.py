@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
 from tests.faults.jobs import SAVE_EVERY, STEPS, Job, base_config
-from tests.faults.kinds import Campaign, Failed, Fault, Outcome, cause_of, check_final, resume
+from tests.faults.kinds import Campaign, Failed, Fault, Outcome, cause_of, check_final, kill, resume
 from tests.helpers.s3_server import FaultyProxy, Rule, S3Server, faulty_proxy, s3_server
 
 __all__ = ['OBJECT_STORE_KINDS']
@@ -51,12 +51,10 @@ def killed_in_upload(campaign: Campaign, folder: Path) -> Outcome:
         store.proxy.add(Rule('PUT|POST', rf'ckpt/.*ba{step}-', hold=True))
         store.job.start()
         store.job.wait_until(store.proxy.held.is_set, 'the upload')
-        store.job.kill_everything()
-        outcome.exit_code = store.job.wait()
+        kill(store.job, outcome)
         store.proxy.rules.clear()
         store.proxy.release()
         resume(store.job, outcome)
-        outcome.cause = cause_of(store.job.output)
         _check(campaign, store, folder)
     return outcome
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 
@@ -17,9 +16,8 @@ FEW = ('kill rank 1', 'kill all in a write', 'flipped bit in a checkpoint')
 
 
 @pytest.fixture(scope='module')
-def campaign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
-    with WarmLauncher() as launcher:
-        yield prepare(tmp_path_factory.mktemp('faults'), sharded=False, launcher=launcher)
+def campaign(launcher: WarmLauncher, tmp_path_factory: pytest.TempPathFactory) -> Campaign:
+    return prepare(tmp_path_factory.mktemp('faults'), launcher)
 
 
 @pytest.mark.parametrize('name', FEW)

@@ -116,7 +116,7 @@ class FaultyProxy:
         self.rules: list[Rule] = []
         self.requests: list[tuple[str, str]] = []
         self.held = threading.Event()
-        self._closed = threading.Event()
+        self._released = threading.Event()
         self._lock = threading.Lock()
         handler = type('Handler', (_Handler,), {'proxy': self})
         self._http = _QuietServer(('127.0.0.1', 0), handler)
@@ -142,12 +142,16 @@ class FaultyProxy:
                     return rule
         return None
 
-    def hold_until_closed(self) -> None:
+    def hold(self) -> None:
         self.held.set()
-        self._closed.wait(600)
+        self._released.wait(600)
+
+    def release(self) -> None:
+        """Ends the requests that are held, and holds none from now on."""
+        self._released.set()
 
     def close(self) -> None:
-        self._closed.set()
+        self.release()
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
@@ -178,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
         body = self._read_body()
         if rule is not None and rule.hold:
-            self.proxy.hold_until_closed()
+            self.proxy.hold()
             self._hang_up()
             return
         if rule is not None and rule.delay_s:

@@ -66,10 +66,10 @@ class WarmLauncher:
             self.process.wait()
         self.process.stdout.close()
 
-    def start(self, folder: Path, arguments: list[str], ranks: int | None = 2, own_shm: bool = False, **env: str) -> Job:
-        """Runs ``composer -n RANKS train.py ARGUMENTS``, or ``python train.py ARGUMENTS`` when ``ranks`` is None, with output to ``folder/out.txt``; ``own_shm`` needs root."""
+    def start(self, folder: Path, arguments: list[str], ranks: int | None = 2, **env: str) -> Job:
+        """Runs ``composer -n RANKS train.py ARGUMENTS``, or ``python train.py ARGUMENTS`` when ``ranks`` is None, with output to ``folder/out.txt``."""
         folder.mkdir(parents=True, exist_ok=True)
-        job = {'folder': str(folder), 'arguments': arguments, 'ranks': ranks, 'env': env, 'own_shm': own_shm}
+        job = {'folder': str(folder), 'arguments': arguments, 'ranks': ranks, 'env': env}
         self.process.stdin.write(json.dumps(job).encode() + b'\n')
         self.process.stdin.flush()
         known = len(self.pids)
@@ -140,17 +140,6 @@ def _run_script(argv: list[str]) -> None:
     os._exit(0 if code is None else code & 0xFF if isinstance(code, int) else 1)
 
 
-def _take_own_shared_memory() -> None:
-    """An empty /dev/shm that only this process and its children see, as each node of a cluster has."""
-    import ctypes
-
-    clone_newns = 0x00020000
-    if ctypes.CDLL(None, use_errno=True).unshare(clone_newns) != 0:
-        raise OSError(ctypes.get_errno(), 'unshare')
-    subprocess.run(['mount', '--make-rprivate', '/'], check=True)
-    subprocess.run(['mount', '-t', 'tmpfs', 'tmpfs', '/dev/shm'], check=True)
-
-
 def _run_job(job: dict[str, Any]) -> None:
     import signal
 
@@ -159,8 +148,6 @@ def _run_job(job: dict[str, Any]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # Composer's handlers are those of ranks; a launcher of its own process has Python's
         signal.signal(number, signal.SIG_DFL)
     os.setsid()
-    if job['own_shm']:
-        _take_own_shared_memory()
     os.chdir(job['folder'])
     os.environ.update(job['env'])
     fd = os.open('out.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -212,7 +212,7 @@ def test_shards_that_were_exchanged_are_named(alone: dict[str, dict[str, Any]], 
     contents = first.read_bytes(), second.read_bytes()
     first.write_bytes(contents[1])
     second.write_bytes(contents[0])
-    with pytest.raises(DataError, match=r'shard 0 holds other bytes, first read in step 1 of the run \(2 of 3 shards'):
+    with pytest.raises(DataError, match=r'swapped/train/shard\.00000\.mds holds other bytes, first read in step 1 of the run \(2 of 3 shards'):
         resume_text(folder, data='swapped')
 
 

@@ -10,7 +10,7 @@ import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
 
@@ -161,12 +161,6 @@ class Outcome:
 
 
 @pytest.fixture(scope='module')
-def launcher() -> Iterator[WarmLauncher]:
-    with WarmLauncher() as server:
-        yield server
-
-
-@pytest.fixture(scope='module')
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp('incidents-data'))
 
@@ -290,7 +284,7 @@ def test_one_block_for_an_error_of_the_config(launcher: WarmLauncher, data: Path
     ]
     for job, message in zip(jobs, ('max_duraton', 'amp_fp16'), strict=True):
         assert job.wait(150) == 1
-        _wait_for(lambda job=job: not _left_of(job, job.folder), 15, job)
+        _wait_for(lambda job=job: not _left_of(job, tmp_path), 15, job)
         assert job.output().count('ERROR (rank') == 1 and message in job.output(), job.output()[-3000:]
         assert 'this run failed' not in job.output() and 'Traceback' not in job.output(), job.output()[-3000:]
 
@@ -321,9 +315,7 @@ def test_a_run_that_ends_well_says_nothing_and_leaves_nothing(launcher: WarmLaun
 
 @pytest.mark.parametrize(('how', 'kind', 'word'), [('exception', 'user code', 'boom'), ('hang', 'hang', 'no progress'), ('wait', 'node lost', '')])
 def test_two_nodes(launcher: WarmLauncher, data: Path, tmp_path: Path, how: str, kind: str, word: str) -> None:
-    """Each node has a launcher, a watcher and a temp folder of its own. One node's fault is told on the other; a node whose processes are all killed at once is lost."""
-    if os.getuid() != 0:
-        pytest.skip('shared memory of its own for each node needs root')
+    """Each node has a launcher and a watcher of its own, on one machine. One node's fault is told on the other; a node whose processes are all killed at once is lost."""
     (tmp_path / 'plugin.py').write_text(PLUGIN)
     config = tiny_config(
         data, code_paths=[str(tmp_path / 'plugin.py')], callbacks={'misbehave': {'how': how, 'rank': 1, 'folder': str(tmp_path), 'step': STEP}}, save_folder=str(tmp_path / 'ckpt'),
@@ -334,10 +326,10 @@ def test_two_nodes(launcher: WarmLauncher, data: Path, tmp_path: Path, how: str,
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
     jobs = []
+    (tmp_path / 'tmp').mkdir()
     for node in (0, 1):
-        (tmp_path / f'node{node}/tmp').mkdir(parents=True)
         jobs.append(launcher.start(
-            tmp_path / f'node{node}', [str(tmp_path / 'config.yaml')], 1, own_shm=True, TMPDIR=str(tmp_path / f'node{node}/tmp'), WORLD_SIZE='2', LOCAL_WORLD_SIZE='1', NODE_RANK=str(node),
+            tmp_path / f'node{node}', [str(tmp_path / 'config.yaml')], 1, TMPDIR=str(tmp_path / 'tmp'), WORLD_SIZE='2', LOCAL_WORLD_SIZE='1', NODE_RANK=str(node),
             MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port),
         ))  # fmt: skip
     if how == 'wait':
@@ -347,7 +339,7 @@ def test_two_nodes(launcher: WarmLauncher, data: Path, tmp_path: Path, how: str,
     fault = json.loads((tmp_path / 'fault.json').read_text())
     for job in jobs:
         job.wait(60)
-        _wait_for(lambda job=job: not _left_of(job, job.folder), 20, job)
+        _wait_for(lambda job=job: not _left_of(job, tmp_path), 20, job)
     summary = Outcome(Case(how, kind, 1), jobs[0], tmp_path / 'node0').summary
     assert summary['class'] == kind and word in summary['seen'], jobs[0].output()[-4000:]
     assert how == 'wait' or summary['first'].startswith('rank 1 of 2'), summary

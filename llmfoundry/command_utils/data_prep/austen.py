@@ -12,10 +12,10 @@ import re
 from pathlib import Path
 
 from llmfoundry.command_utils.data_prep.engine import say
-from llmfoundry.command_utils.data_prep.mds_shards import write_atomically
 from llmfoundry.command_utils.data_prep.options import TokenOptions, make_plan
 from llmfoundry.command_utils.data_prep.outputs import convert_to
 from llmfoundry.command_utils.data_prep.readers import FileSource, local_file
+from llmfoundry.whole_files import write_whole
 
 __all__ = ['austen_documents', 'prepare_austen']
 
@@ -84,6 +84,6 @@ def prepare_austen(
         if not text.exists():
             documents = documents or austen_documents()
             text.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(text, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in documents[split]).encode())
+            write_whole(text, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in documents[split]))
         plan = make_plan(split, tokenizer, concat_tokens, None, TokenOptions(eos_text=eos_text, processes=processes))
         convert_to(FileSource([local_file(str(text))], 'json'), plan, str(folder))

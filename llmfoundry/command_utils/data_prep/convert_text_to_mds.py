@@ -15,11 +15,12 @@ from typing import Any, Sequence
 from llmfoundry.command_utils.data_prep import remote
 from llmfoundry.command_utils.data_prep.convert_dataset_json import find_files
 from llmfoundry.command_utils.data_prep.engine import ConversionSummary, say
-from llmfoundry.command_utils.data_prep.mds_shards import index_text, write_atomically
+from llmfoundry.command_utils.data_prep.mds_shards import index_text
 from llmfoundry.command_utils.data_prep.options import TokenOptions, add_common_flags, make_plan, parse_bool, run_main, tokenizer_spec_of
 from llmfoundry.command_utils.data_prep.outputs import available_cores, convert_to, output_names
 from llmfoundry.command_utils.data_prep.readers import FileSource, InputFile
 from llmfoundry.errors import InputFolderMissingDataError, InputFolderNotFound, OutputFolderNotEmptyError
+from llmfoundry.whole_files import write_whole
 
 __all__ = [
     'DONE_FILENAME',
@@ -52,7 +53,7 @@ def write_done_file(folder: str, args_str: str, object_names: list[str]) -> None
         args_str: the arguments, as one line.
         object_names: names of the input files, in order.
     """
-    write_atomically(Path(folder) / DONE_FILENAME, _done_text(args_str, object_names).encode())
+    write_whole(Path(folder) / DONE_FILENAME, _done_text(args_str, object_names))
 
 
 def _done_text(args_str: str, object_names: Sequence[str]) -> str:
@@ -177,7 +178,7 @@ def merge_shard_groups(root: str) -> None:
                     if (group / old).exists():
                         os.replace(group / old, folder / new)
             shards.append(entry)
-    write_atomically(folder / 'index.json', index_text(shards).encode())
+    write_whole(folder / 'index.json', index_text(shards))
     for group in groups:
         (group / 'index.json').unlink()
         group.rmdir()

@@ -19,9 +19,10 @@ from typing import Any, Iterator, Mapping
 
 import numpy as np
 
-from llmfoundry.command_utils.data_prep.mds_shards import ShardBuilder, fsync_path, index_text, write_atomically
+from llmfoundry.command_utils.data_prep.mds_shards import ShardBuilder, index_text
 from llmfoundry.data.token_concat import TOKEN_DTYPE, empty_tokens
 from llmfoundry.errors import DataError
+from llmfoundry.whole_files import flush_folder, write_whole
 
 __all__ = ['BAD_ROWS_FILENAME', 'WORK_FOLDER', 'Journal', 'JournaledShards', 'State', 'journalled']
 
@@ -130,7 +131,7 @@ class Journal:
             f.flush()
             os.fsync(f.fileno())
         state.spool_bytes, state.shards_bytes, state.bad_rows_bytes = self._spool.tell(), self._shards.tell(), self._bad_rows.tell()
-        write_atomically(self.folder / _STATE, json.dumps(asdict(state)).encode())
+        write_whole(self.folder / _STATE, json.dumps(asdict(state)))
         for old in self.folder.glob('spool.*'):
             if old != self._spool_path(state.num_shards):
                 old.unlink()
@@ -147,7 +148,7 @@ class Journal:
         """
         if not state.finished:
             entries = self.shards()
-            write_atomically(self.folder / _INDEX, index_text(entries).encode())
+            write_whole(self.folder / _INDEX, index_text(entries))
             state.finished = True
             self.checkpoint(state)
         self.close()
@@ -157,10 +158,10 @@ class Journal:
             if state.bad_rows:
                 shutil.copyfile(self.folder / BAD_ROWS_FILENAME, self.output / BAD_ROWS_FILENAME)
             for name, text in extra_files.items():
-                write_atomically(self.output / name, text.encode())
-            fsync_path(self.output)
+                write_whole(self.output / name, text)
+            flush_folder(self.output)
             os.replace(self.folder / _INDEX, self.output / _INDEX)
-        fsync_path(self.output)
+        flush_folder(self.output)
         shutil.rmtree(self.folder)
 
     def discard(self, remove_output: bool) -> None:

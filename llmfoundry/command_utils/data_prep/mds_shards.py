@@ -8,14 +8,15 @@ the uint32 sizes of its variable-size columns, then their bytes. A test compares
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
 import numpy as np
 import xxhash
 
-__all__ = ['SIZE_LIMIT_BYTES', 'ShardBuilder', 'compressor', 'fsync_path', 'index_text', 'shard_name', 'write_atomically']
+from llmfoundry.whole_files import write_whole
+
+__all__ = ['SIZE_LIMIT_BYTES', 'ShardBuilder', 'compressor', 'index_text', 'shard_name']
 
 SIZE_LIMIT_BYTES = 1 << 26
 """Raw bytes of a shard, Streaming's default."""
@@ -72,30 +73,6 @@ def _compress_function(name: str, level: int) -> Callable[[bytes], bytes]:
 def shard_name(number: int) -> str:
     """Streaming's name of a shard."""
     return f'shard.{number:05}.mds'
-
-
-def fsync_path(path: Path) -> None:
-    """Forces a file or folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that it is either absent or whole, also after a power cut."""
-    partial = path.with_name(path.name + '.tmp')
-    try:
-        with open(partial, 'wb') as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-    except OSError:
-        # On a full disk, give back what was taken.
-        partial.unlink(missing_ok=True)
-        raise
-    os.replace(partial, path)
 
 
 def _hashes(data: bytes) -> dict[str, str]:
@@ -169,6 +146,6 @@ class ShardBuilder:
             data = function(data)
             name = f'{raw_name}.{extension}'
             entry['zip_data'] = {'basename': name, 'bytes': len(data), 'hashes': _hashes(data)}
-        write_atomically(folder / name, data)
+        write_whole(folder / name, data)
         self.reset()
         return entry

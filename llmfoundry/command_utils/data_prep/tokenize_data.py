@@ -21,7 +21,6 @@ import numpy as np
 from llmfoundry.command_utils.data_prep import remote
 from llmfoundry.command_utils.data_prep.convert_dataset_json import JSON_PATTERNS, find_files
 from llmfoundry.command_utils.data_prep.engine import say
-from llmfoundry.command_utils.data_prep.mds_shards import fsync_path
 from llmfoundry.command_utils.data_prep.options import run_main
 from llmfoundry.command_utils.data_prep.outputs import available_cores
 from llmfoundry.command_utils.data_prep.pair_encoder import ENCODER, IGNORE_INDEX, EncodedPairs, PairSpec
@@ -32,6 +31,7 @@ from llmfoundry.command_utils.data_prep.rows import pair_of_row
 from llmfoundry.command_utils.data_prep.tokenizer_spec import describe_tokenizer
 from llmfoundry.data.token_concat import TOKEN_DTYPE
 from llmfoundry.errors import DataError, InvalidDatasetError
+from llmfoundry.whole_files import appearing_whole
 
 __all__ = ['TokenizeSummary', 'main', 'tokenize_data']
 
@@ -117,13 +117,8 @@ def _write_file(source: FileSource, spec: PairSpec, processes: int, output: Path
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise DataError('another process is writing this file. Wait for it, or choose another place.', file=str(output)) from None
-            try:
+            with appearing_whole(output, partial):
                 summary = _tokenize_with_the_right_engine(source, spec, processes, partial)
-                fsync_path(partial)
-                os.replace(partial, output)
-            finally:
-                partial.unlink(missing_ok=True)
-        fsync_path(output.parent)
     except OSError as e:
         reason = os.strerror(e.errno) if e.errno else str(e)
         raise DataError(f'cannot write the output: {reason}. Make room or choose another place.', file=str(output)) from e

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmfoundry import dist, phases
+from llmfoundry import dist, phases, whole_files
 from llmfoundry.command_utils.incidents import procs
 
 __all__ = ['LiveRecord', 'RankState', 'incidents_root', 'live_folder', 'read_records', 'write_whole']
@@ -44,17 +44,10 @@ def live_folder() -> Path:
 
 def write_whole(path: Path, text: str) -> bool:
     """Writes a file whole or not at all; returns whether it is there. A full or read-only disk is no reason to fail while failing."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(temporary, 'w', encoding='utf-8') as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        whole_files.write_whole(path, text, path.with_name(f'.{path.name}.{os.getpid()}'))
     except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         return False
     return True
 

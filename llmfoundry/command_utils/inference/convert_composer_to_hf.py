@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator, Sequence
 
+from llmfoundry.command_utils.error_report import exit_code_of
 from llmfoundry.command_utils.inference.arguments import boolean
 from llmfoundry.typed_registry import resolve_target
 
@@ -135,12 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the script; 1 with one message for what a user can mend."""
     args = parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
-    try:
-        convert_composer_to_hf(args)
-    except (OSError, RuntimeError, ValueError) as e:
-        print(f'{type(e).__name__}: {e}', file=sys.stderr)
-        return 1
-    return 0
+    return exit_code_of(lambda: convert_composer_to_hf(args))
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Any, Sequence
 
+from llmfoundry.command_utils.error_report import exit_code_of
 from llmfoundry.command_utils.inference.arguments import add_hub_flags, boolean
 from llmfoundry.typed_registry import resolve_target
 
@@ -103,13 +104,7 @@ def parse_args(argv: Sequence[str] | None = None) -> GenerateArgs:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the script; 1 with one message for what a user can mend."""
-    try:
-        args = parse_args(argv)
-        resolve_target('llmfoundry.command_utils.inference.generation:generate')(args)
-    except (OSError, RuntimeError, ValueError, ImportError) as e:
-        print(f'{type(e).__name__}: {e}', file=sys.stderr)
-        return 1
-    return 0
+    return exit_code_of(lambda: resolve_target('llmfoundry.command_utils.inference.generation:generate')(parse_args(argv)))
 
 
 if __name__ == '__main__':

@@ -126,7 +126,7 @@ def _unregistered_name(dataset: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _check_preprocessing_fn(block: FinetuningDataBlock) -> None:
     """A function that cannot be found is a mistake in the config; only its text is looked up here, nothing is called."""
-    if block.is_streaming:
+    if block.is_streaming or block.preprocessing_fn is None:
         return
     try:
         preprocessing.resolve_preprocessing_fn(block.preprocessing_fn, block.hf_name)

@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llmfoundry.data.finetuning.targets import IGNORE_INDEX
 from llmfoundry.errors import DataError
 
 __all__ = ['one_row_per_document']
 
-_IGNORE_INDEX = -100
 _IDS = ('input_ids', 'labels')
 
 
@@ -63,10 +63,10 @@ def _split_batch(batch: pa.RecordBatch, source: str, first_row: int) -> tuple[pa
     changes = np.flatnonzero((np.diff(sequence) != 0) | (np.diff(row_of_token) != 0)) + 1
     starts = np.concatenate([[0], changes]) if len(sequence) else np.zeros(0, np.int64)
     first_labels = labels.take(pa.array(starts)).to_numpy(zero_copy_only=False)
-    if np.any(first_labels != _IGNORE_INDEX):
+    if np.any(first_labels != IGNORE_INDEX):
         # Nothing comes before it that could predict it. Without this, a document without a prompt would have no -100 and read as a prompt and its response.
         values = labels.to_numpy(zero_copy_only=False).copy()
-        values[starts] = _IGNORE_INDEX
+        values[starts] = IGNORE_INDEX
         labels = pa.array(values, type=labels.type)
     offsets = pa.array(np.concatenate([starts, [len(sequence)]]), type=pa.int64())
     lists = [pa.LargeListArray.from_arrays(offsets, values) for values in (ids, labels)]

@@ -21,6 +21,8 @@ from typing import Any, BinaryIO, Iterable, Iterator, Mapping, NamedTuple, Seque
 
 import numpy as np
 
+from llmfoundry.whole_files import appearing_whole, write_whole
+
 __all__ = ['EncodedRow', 'StoreCounts', 'StorePlan', 'TokenStore', 'part_is_whole', 'read_plan', 'remove_leftovers', 'write_part', 'write_plan', 'write_store']
 
 FORMAT = 1
@@ -109,13 +111,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Writes a small file whole or not at all."""
-    temporary = _temporary(path)
-    with open(temporary, 'wb') as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    write_whole(path, data, _temporary(path))
 
 
 def write_plan(folder: Path, plan: StorePlan) -> None:
@@ -154,18 +150,11 @@ def write_part(folder: Path, plan: StorePlan, part: int, rows: Iterable[EncodedR
     # A damaged part must not look whole while it is made anew.
     json_path.unlink(missing_ok=True)
     first, stop = plan.span(part)
-    temporary = _temporary(token_path)
-    try:
+    with appearing_whole(token_path, _temporary(token_path)) as temporary:  # a killed process leaves it to the next builder
         with open(temporary, 'wb', buffering=1 << 20) as f:
             counts, index, checksum = _write_tokens(f, rows, first)
-            f.flush()
-            os.fsync(f.fileno())
         if counts['rows'] != stop - first:
             raise RuntimeError(f'part {part} of {plan.source} got {counts["rows"]} rows instead of {stop - first}')
-        os.replace(temporary, token_path)
-    finally:
-        # A killed process leaves it to the next builder; a disk that is full gets its space back.
-        temporary.unlink(missing_ok=True)
     # (kept, 2): row of the source, length in tokens.
     table = np.asarray(index, dtype='<i8').reshape(-1, 2).tobytes()
     _write(row_path, table)
