@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable, TypeVar
 from urllib.parse import urlparse
 
-from llmfoundry.data.network_faults import error_code, http_status, is_transient, with_retries
+from llmfoundry.data.network_faults import error_code, explain, http_status, with_retries
 from llmfoundry.data.remote_files import filesystem, object_store
 from llmfoundry.errors import RemoteStoreError
 
@@ -27,14 +27,6 @@ INCOMPLETE_PREFIX = '.incomplete-'
 COMPOSER_SCHEMES = ('s3', 'gs', 'oci', 'azure', 'dbfs')
 # Where a file that is being written can be seen under its name; the others show an object when its last byte has arrived.
 SEEN_WHILE_WRITTEN = frozenset({'file', 'local', 'sftp', 'ssh', 'smb', 'ftp', 'hdfs', 'webhdfs', 'arrow_hdfs', 'lakefs'})
-SETTINGS = {
-    's3': 'S3_ENDPOINT_URL (where the server is) and the credentials AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or ~/.aws',
-    'gs': 'GCS_KEY and GCS_SECRET, or GOOGLE_APPLICATION_CREDENTIALS',
-    'oci': 'OCI_CONFIG_FILE',
-    'azure': 'AZURE_ACCOUNT_NAME and AZURE_ACCOUNT_ACCESS_KEY',
-    'dbfs': 'DATABRICKS_HOST and DATABRICKS_TOKEN',
-}
-NO_CREDENTIALS = frozenset({'NoCredentialsError', 'PartialCredentialsError', 'DefaultCredentialsError', 'CredentialRetrievalError', 'TokenRetrievalError'})
 
 
 def shown_uri(uri: str) -> str:
@@ -161,28 +153,10 @@ class RemoteStore:
         except Exception as e:  # every client has its own classes; what the network or the server said is explained, the rest goes on
             if doing == 'downloading' and _is_missing(e):
                 raise FileNotFoundError(f'{where}: there is no such object') from e
-            explained = self._explain(e)
+            explained = explain(e, self.uri, self.setting, self.attempts)
             if explained is None:
                 raise
             raise RemoteStoreError(f'{self.setting}: {doing} {where} failed: {explained}') from e
-
-    def _explain(self, error: Exception) -> str | None:
-        """What is wrong and which setting is to be looked at; None if it has nothing to do with the store (a full local disk, say)."""
-        bucket = urlparse(self.uri).netloc.rpartition('@')[2]
-        settings = f'Look at {SETTINGS[self.scheme]}.' if self.scheme in SETTINGS else f'Look at the address and credentials of {self.scheme}://.'
-        cause = str(error).partition('\n')[0]
-        status, code = http_status(error), error_code(error)
-        if is_transient(error):
-            return f'{cause} (given up after {self.attempts} attempts). Is the server reachable? {settings}'
-        if type(error).__name__ in NO_CREDENTIALS or 'credentials' in cause.lower():
-            return f'there are no usable credentials ({cause}). {settings}'
-        if status in (401, 403) or isinstance(error, PermissionError):
-            return f'access is refused ({code or status or cause}) for bucket {bucket!r}. {settings}'
-        if code == 'NoSuchBucket' or (status == 404 and not isinstance(error, FileNotFoundError)):
-            return f'bucket {bucket!r} does not exist at this address. Correct {self.setting} or create the bucket. {settings}'
-        if status is not None or isinstance(error, ValueError) or type(error).__module__.partition('.')[0] in ('botocore', 'boto3', 'google', 'oci', 'libcloud'):
-            return f'{cause}. {settings}'
-        return None
 
 
 def _is_missing(error: Exception) -> bool:

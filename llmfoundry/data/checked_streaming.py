@@ -14,6 +14,7 @@ from streaming.base.dataset import _ShardState
 
 from llmfoundry.data import shard_checks
 from llmfoundry.data import streams as stream_settings
+from llmfoundry.data.network_faults import explain
 from llmfoundry.data.shm_hygiene import SharedFailure, exclusive_start
 from llmfoundry.errors import DataError
 
@@ -38,7 +39,7 @@ class CheckedStreamingDataset(StreamingDataset):
         with exclusive_start(check=lambda: self._check_sources(sources)):
             try:
                 super().__init__(streams=streams, **arguments)
-            except (OSError, ValueError, RuntimeError) as e:
+            except Exception as e:  # each store's client has classes of its own
                 raise self._explain_failed_start(e, sources) from e
 
     def check_folder(self, folder: str, index: Mapping[str, Any]) -> None:
@@ -83,10 +84,7 @@ class CheckedStreamingDataset(StreamingDataset):
                     return e
             elif local and remote:
                 where = f'{remote.rstrip("/")}/{split}' if split else remote
-                return DataError(
-                    f'the index could not be read from there: {type(error).__name__}: {one_line(error)}. Check `remote` and `split`, and that the folder holds {shard_checks.INDEX}',
-                    file=where,
-                )
+                return DataError(f'the index could not be read from there: {_cause(error, remote)}. Check `remote` and `split`, and that the folder holds {shard_checks.INDEX}', file=where)
         return error
 
     @staticmethod
@@ -108,7 +106,7 @@ class CheckedStreamingDataset(StreamingDataset):
                 self._cache_filelock.release(force=True)
             stream = self.streams[self.stream_per_shard[shard_id]]
             source = f' from {stream.remote}' if stream.remote else ''
-            failure = DataError(f'the shard could not be prepared{source}: {type(e).__name__}: {one_line(e)}', file=self.shard_path(shard_id))
+            failure = DataError(f'the shard could not be prepared{source}: {_cause(e, stream.remote)}', file=self.shard_path(shard_id))
             if hasattr(self, '_event'):
                 self._event.publish(str(failure))
             raise failure from e
@@ -170,6 +168,12 @@ class CheckedStreamingDataset(StreamingDataset):
         if from_beginning and num_samples == 0 and state['epoch'] == self.next_epoch - 1:
             state['epoch'] += 1
         return state
+
+
+def _cause(error: Exception, remote: str | None) -> str:
+    """What an error of Streaming or of a store's client means, without a full stop."""
+    explained = explain(error, remote, 'remote') if remote and '://' in remote and not isinstance(error, ValueError) else None
+    return explained.rstrip('.') if explained else f'{type(error).__name__}: {one_line(error)}'
 
 
 def one_line(error: BaseException) -> str:

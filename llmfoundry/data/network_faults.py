@@ -13,8 +13,9 @@ import random
 import socket
 import time
 from typing import Any, Callable, Iterator, TypeVar
+from urllib.parse import urlparse
 
-__all__ = ['error_code', 'http_status', 'is_transient', 'with_retries']
+__all__ = ['error_code', 'explain', 'http_status', 'is_transient', 'with_retries']
 
 log = logging.getLogger(__name__)
 T = TypeVar('T')
@@ -33,6 +34,16 @@ TRANSIENT_CLASSES = frozenset({
 TRANSIENT_ERRNO = frozenset({
     errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH, errno.EPIPE, errno.ETIMEDOUT,
 })  # fmt: skip
+
+SETTINGS = {
+    's3': 'S3_ENDPOINT_URL (where the server is) and the credentials AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or ~/.aws',
+    'gs': 'GCS_KEY and GCS_SECRET, or GOOGLE_APPLICATION_CREDENTIALS',
+    'oci': 'OCI_CONFIG_FILE',
+    'azure': 'AZURE_ACCOUNT_NAME and AZURE_ACCOUNT_ACCESS_KEY',
+    'dbfs': 'DATABRICKS_HOST and DATABRICKS_TOKEN',
+}
+NO_CREDENTIALS = frozenset({'NoCredentialsError', 'PartialCredentialsError', 'DefaultCredentialsError', 'CredentialRetrievalError', 'TokenRetrievalError'})
+CLIENTS = frozenset({'botocore', 'boto3', 'google', 'oci', 'libcloud'})
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -89,6 +100,34 @@ def _connection_failed(error: BaseException) -> bool:
     if isinstance(error, ConnectionError | TimeoutError | socket.gaierror) or names & TRANSIENT_CLASSES:
         return True
     return isinstance(error, OSError) and error.errno in TRANSIENT_ERRNO
+
+
+def explain(error: BaseException, uri: str, setting: str, attempts: int | None = None) -> str | None:
+    """What is wrong with a store and which setting is to be looked at; None if the error has nothing to do with the store (a full local disk, say).
+
+    Args:
+        error: of any client.
+        uri: of the folder or object that was asked for.
+        setting: the config key that holds it.
+        attempts: how often it was tried, where that is known.
+    """
+    place = urlparse(uri)
+    bucket = place.netloc.rpartition('@')[2]
+    settings = f'Look at {SETTINGS[place.scheme]}.' if place.scheme in SETTINGS else f'Look at the address and credentials of {place.scheme}://.'
+    cause = str(error).partition('\n')[0]
+    status, code = http_status(error), error_code(error)
+    if is_transient(error):
+        tried = f' (given up after {attempts} attempts)' if attempts else ''
+        return f'{cause}{tried}. Is the server reachable? {settings}'
+    if type(error).__name__ in NO_CREDENTIALS or 'credentials' in cause.lower():
+        return f'there are no usable credentials ({cause}). {settings}'
+    if status in (401, 403) or isinstance(error, PermissionError):
+        return f'access is refused ({code or status or cause}) for bucket {bucket!r}. {settings}'
+    if code == 'NoSuchBucket' or (status == 404 and not isinstance(error, FileNotFoundError)):
+        return f'bucket {bucket!r} does not exist at this address. Correct {setting} or create the bucket. {settings}'
+    if status is not None or isinstance(error, ValueError) or type(error).__module__.partition('.')[0] in CLIENTS:
+        return f'{cause}. {settings}'
+    return None
 
 
 def with_retries(function: Callable[[], T], what: str, *, attempts: int = 8, first_pause_s: float = 1.0, longest_pause_s: float = 60.0) -> T:

@@ -184,3 +184,25 @@ def test_a_refused_key_ends_the_run_before_its_first_step(world: World, proxy: F
     out = (world.folder / 'refused/out.txt').read_text()
     assert 'RemoteStoreError' in out and "access is refused (AccessDenied) for bucket 'runs'" in out and 'AWS_SECRET_ACCESS_KEY' in out and 'Traceback' not in out
     assert world.losses('refused') == []
+
+
+@pytest.mark.parametrize(
+    ('remote', 'rule', 'said'),
+    [
+        ('s3://runs/data', Rule('GET|HEAD', 'data/train/index', times=10**6, status=403), "s3://runs/data/train: the index could not be read from there: access is refused (403) for bucket 'runs'"),
+        ('s3://nobody/data', None, "the index could not be read from there: bucket 'nobody' does not exist at this address"),
+        ('s3://runs/data', Rule('GET|HEAD', 'data/.*shard', times=10**6, status=403), "the shard could not be prepared from s3://runs/data: access is refused (403) for bucket 'runs'"),
+        ('s3://runs/data', Rule('GET|HEAD', 'data/.*shard', times=10**6, status=503), 'Is the server reachable?'),
+    ],
+    ids=['refused index', 'no bucket', 'refused shard', 'store gone'],
+)  # fmt: skip
+def test_data_that_cannot_be_had_end_the_run_with_the_cause(world: World, proxy: FaultyProxy, tmp_path: Path, remote: str, rule: Rule | None, said: str) -> None:
+    if rule:
+        proxy.add(Rule(rule.method, rule.path, rule.times, rule.status))
+    config = world.config()
+    config['train_loader']['dataset'] |= {'remote': remote, 'local': str(tmp_path / 'cache')}
+    name = f'unread-{tmp_path.name}'
+    assert world.start(name, config, None, proxy.environment).wait(300) == 1
+    out = (world.folder / name / 'out.txt').read_text()
+    assert said in out and 'S3_ENDPOINT_URL' in out and 'AWS_SECRET_ACCESS_KEY' in out and 'Traceback' not in out, out[-3000:]
+    assert world.losses(name) == []
