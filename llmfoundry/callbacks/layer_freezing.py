@@ -12,10 +12,9 @@ from composer.loggers import Logger
 
 from llmfoundry.errors import ConfigError, ConfigProblem
 from llmfoundry.experimental import experimental_class
+from llmfoundry.optim.parameter_names import plain_name
 
 __all__ = ['LayerFreezing']
-
-_DDP_PREFIX = 'module.'
 
 
 @experimental_class('LayerFreezing')
@@ -23,7 +22,7 @@ class LayerFreezing(Callback):
     """Sets ``requires_grad`` of the named parameters to False.
 
     Args:
-        layer_names: full names as ``model.named_parameters()`` gives them, for example ``model.transformer.wte.weight``; the ``module.`` that DDP puts before them may be left out.
+        layer_names: full names as ``model.named_parameters()`` gives them, for example ``model.transformer.wte.weight``; what DDP and activation checkpointing put into them may be left out.
 
     Raises:
         ConfigError: (a ValueError, before training starts) a name that no parameter has, or no name at all.
@@ -37,8 +36,8 @@ class LayerFreezing(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         del logger
-        parameters = {name.removeprefix(_DDP_PREFIX): parameter for name, parameter in state.model.named_parameters()}
-        names = [name.removeprefix(_DDP_PREFIX) for name in self.layer_names]
+        parameters = {plain_name(name): parameter for name, parameter in state.model.named_parameters()}
+        names = [plain_name(name) for name in self.layer_names]
         unknown = sorted(set(names) - set(parameters))
         if unknown or not self.layer_names:
             listed = ', '.join(sorted(parameters)[:20]) + (', ...' if len(parameters) > 20 else '')

@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import posixpath
-import re
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -22,11 +21,9 @@ import torch
 from llmfoundry.checkpoint.safe_load import load_checkpoint_file
 from llmfoundry.checkpoint.sharded import METADATA_FILE, ShardedCheckpoint
 from llmfoundry.errors import CheckpointError
+from llmfoundry.optim.parameter_names import plain_name
 
 __all__ = ['Checkpoint', 'LazyTensor', 'lazy_tensors', 'open_checkpoint', 'parse_files']
-
-# Wrappers that torch puts around modules and leaves in the names when a state dict was taken the plain way.
-_WRAPPER = re.compile(r'(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)(?=\.)')
 
 
 @dataclass(frozen=True)
@@ -106,8 +103,7 @@ def lazy_tensors(state_dict: Mapping[str, Any]) -> dict[str, LazyTensor]:
 
 def _hf_name(name: str) -> str:
     """Name in the Composer model -> name in the Hugging Face model inside it (``model.transformer.wte.weight`` -> ``transformer.wte.weight``)."""
-    name = _WRAPPER.sub(r'\1', name).replace('..', '.').lstrip('.')
-    return name.removeprefix('module.').removeprefix('model.')
+    return plain_name(name).removeprefix('model.')
 
 
 def _read_monolithic(path: str, source: str, extra_classes: Iterable[str]) -> Checkpoint:

@@ -12,7 +12,6 @@ import contextlib
 import inspect
 import json
 import logging
-import re
 from typing import Any, Iterator, Literal, Mapping, Sequence
 
 import torch
@@ -24,14 +23,12 @@ from llmfoundry import registry
 from llmfoundry.models.hf import adapters
 from llmfoundry.models.hf.packing import PackingRoute, separate_documents
 from llmfoundry.models.losses import LossOutput, get_loss_fn, shift_labels
+from llmfoundry.optim.parameter_names import plain_name
 from llmfoundry.tokenizers.build import num_token_ids
 
 __all__ = ['BaseHuggingFaceModel', 'build_metrics', 'default_metrics']
 
 log = logging.getLogger(__name__)
-
-# What activation checkpointing and torch.compile leave in names.
-_WRAPPER = re.compile(r'(?:_checkpoint_wrapped_module|_orig_mod)\.')
 
 DEFAULT_METRICS = ('language_cross_entropy', 'language_perplexity', 'token_accuracy')
 
@@ -182,7 +179,7 @@ class BaseHuggingFaceModel(composer_hf.HuggingFaceModel):
         return type(result)(missing, result.unexpected_keys)
 
     def _is_frozen(self, name: str, prefix: str = 'model.') -> bool:
-        return _WRAPPER.sub('', name).removeprefix(prefix) in getattr(self.model, adapters.FROZEN_NAMES, ())
+        return plain_name(name).removeprefix(prefix) in getattr(self.model, adapters.FROZEN_NAMES, ())
 
     def get_metadata(self) -> dict[str, Any]:
         """The files that a checkpoint needs to be exported later: config, adapter config, generation config and tokenizer.

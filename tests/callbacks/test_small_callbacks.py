@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from llmfoundry.callbacks.rng_restorer import RNGRestorer
 from llmfoundry.callbacks.run_timeout_callback import RunTimeoutCallback
 from llmfoundry.callbacks.scheduled_gc_callback import ScheduledGarbageCollector
 from llmfoundry.errors import ConfigError
+from llmfoundry.optim.parameter_names import plain_name
+from tests.helpers.train_runs import make_data, run_config, tiny_config
 
 pytestmark = pytest.mark.filterwarnings('ignore::llmfoundry.experimental.ExperimentalWarning')
 
@@ -61,6 +64,15 @@ def test_names_with_and_without_the_prefix_of_ddp() -> None:
     model = torch.nn.ModuleDict({'module': torch.nn.Linear(2, 2)})
     LayerFreezing(['weight', 'module.bias']).fit_start(types.SimpleNamespace(model=model), None)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_names_in_a_run_that_recomputes_activations(tmp_path: Path) -> None:
+    frozen = 'model.transformer.blocks.0.ffn.up_proj.weight'
+    config = tiny_config(make_data(tmp_path), max_duration='2ba', fsdp_config={'activation_checkpointing': True}, callbacks={'layer_freezing': {'layer_names': [frozen]}})
+    model = run_config(config).state.model
+    wrapped = {name: parameter for name, parameter in model.named_parameters() if plain_name(name) == frozen}
+    assert list(wrapped) != [frozen] and not any(p.requires_grad for p in wrapped.values())
+    assert sum(not p.requires_grad for p in model.parameters()) == 1
 
 
 @pytest.mark.parametrize('event', ['epoch_start', 'batch_start'])
