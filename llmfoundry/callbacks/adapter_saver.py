@@ -19,6 +19,7 @@ from composer.utils import create_interval_scheduler, format_name_with_dist, for
 from llmfoundry import dist
 from llmfoundry.checkpoint.adapters import gather_adapter, write_adapter
 from llmfoundry.checkpoint.hf_folder import appears_whole
+from llmfoundry.checkpoint.remote_store import RemoteStore
 from llmfoundry.checkpoint.upload import upload_folder
 from llmfoundry.errors import CheckpointError
 from llmfoundry.models.composer_base import BaseHuggingFaceModel
@@ -34,7 +35,7 @@ class AdapterSaver(Callback):
     Args:
         save_folder: local folder or URI; ``{run_name}`` and the like are filled in.
         save_interval: as the checkpoint saver's; the end of training is always saved.
-        num_to_keep: how many are kept on a local disk, the newest; -1 for all.
+        num_to_keep: how many are kept, the newest; -1 for all.
         folder_name: name of each folder below ``save_folder``.
 
     Raises:
@@ -87,13 +88,21 @@ class AdapterSaver(Callback):
                 folder = Path(temporary)
                 write_adapter(folder, model.model, weights, model.tokenizer)
                 upload_folder(folder, f'{base.rstrip("/")}/{name}')
-            return
-        with appears_whole(Path(base) / name, overwrite=True) as folder:
-            write_adapter(folder, model.model, weights, model.tokenizer)
-        log.info('wrote the adapter %s', Path(base) / name)
+        else:
+            with appears_whole(Path(base) / name, overwrite=True) as folder:
+                write_adapter(folder, model.model, weights, model.tokenizer)
+        log.info('wrote the adapter %s/%s', base, name)
         self.saved = [kept for kept in self.saved if kept != name] + [name]
         while 0 <= self.num_to_keep < len(self.saved):
-            shutil.rmtree(Path(base) / self.saved.pop(0), ignore_errors=True)
+            self._remove(base, self.saved.pop(0))
+
+    def _remove(self, base: str, name: str) -> None:
+        if not self.is_remote:
+            shutil.rmtree(Path(base) / name, ignore_errors=True)
+            return
+        store = RemoteStore(base)
+        for file in store.list(f'{name}/'):
+            store.delete(file)
 
 
 def _check_sharding(state: State) -> None:

@@ -12,14 +12,17 @@ from typing import Any, Iterator
 
 import pytest
 import torch
+from safetensors.torch import load as load_safetensors
 
 from llmfoundry.callbacks.checkpoint_saver import AtomicCheckpointSaver
 from llmfoundry.callbacks.save_target import staging_folder
 from llmfoundry.checkpoint.integrity import damage
+from llmfoundry.checkpoint.output_mirror import LIST_NAME
 from llmfoundry.checkpoint.remote_store import RemoteStore
 from llmfoundry.errors import CheckpointError
 from tests.helpers.composer_checkpoints import build_mpt, gpt2_tokenizer, training_data
 from tests.helpers.s3_server import FaultyProxy, Rule, S3Server, faulty_proxy, s3_server
+from tests.helpers.tiny_hf import save_model
 from tests.helpers.train_runs import losses_in, make_data, tiny_config
 from tests.helpers.warm_launcher import Job, WarmLauncher
 
@@ -206,3 +209,31 @@ def test_data_that_cannot_be_had_end_the_run_with_the_cause(world: World, proxy:
     out = (world.folder / name / 'out.txt').read_text()
     assert said in out and 'S3_ENDPOINT_URL' in out and 'AWS_SECRET_ACCESS_KEY' in out and 'Traceback' not in out, out[-3000:]
     assert world.losses(name) == []
+
+
+def test_copies_of_a_local_folder(world: World, proxy: FaultyProxy, tmp_path: Path) -> None:
+    """``additional_output_paths``: what is in the folder is in the bucket, what retention removed is gone there too, whatever the server did meanwhile."""
+    proxy.add(Rule('PUT|POST', 'copies/', times=3, status=500), Rule('PUT|POST', 'copies/.*ba9', cut_after=1 << 12))
+    config = world.config(save_folder=str(tmp_path / 'ckpt'), save_num_checkpoints_to_keep=1, additional_output_paths=['s3://runs/copies'])
+    job = world.start('copies', config, None, proxy.environment)
+    assert job.wait(300) == 0, job.output()[-3000:]
+    here = {p.name: p.read_bytes() for p in (tmp_path / 'ckpt').iterdir() if p.is_file() and not p.is_symlink()}
+    assert list(here) == ['ep1-ba12-rank0.pt']
+    there = {key.removeprefix('copies/'): key for key in world.server.keys('copies/')}
+    assert sorted(there) == sorted([LIST_NAME, 'ep1-ba12-rank0.pt', 'latest-rank0.pt.symlink'])
+    assert world.server.read(there['ep1-ba12-rank0.pt']) == here['ep1-ba12-rank0.pt']
+    assert world.server.read(there['latest-rank0.pt.symlink']) == b'copies/ep1-ba12-rank0.pt'
+
+
+def test_adapters_in_a_bucket(world: World, proxy: FaultyProxy, tmp_path: Path) -> None:
+    base = save_model(tmp_path / 'base', 'llama', vocab_size=50304, max_position_embeddings=64)
+    lora = {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'r': 2, 'lora_alpha': 8, 'target_modules': ['q_proj', 'v_proj']}
+    model = {'name': 'hf_causal_lm', 'pretrained_model_name_or_path': base, 'pretrained': True, 'peft_config': lora}
+    job = world.start('adapters', {**world.config(save_folder='s3://runs/adapters', save_num_checkpoints_to_keep=1), 'model': model}, None, proxy.environment)
+    assert job.wait(300) == 0, job.output()[-3000:]
+    keys = world.server.keys('adapters/')
+    assert [key for key in keys if key.endswith('.pt')] == ['adapters/ep1-ba12-rank0.pt']
+    adapter = [key for key in keys if '/adapter/' in key]
+    assert all(key.startswith('adapters/adapter/ba12/') for key in adapter) and len(adapter) >= 4
+    weights = load_safetensors(world.server.read('adapters/adapter/ba12/adapter_model.safetensors'))
+    assert any('lora_B' in name and weight.abs().sum() > 0 for name, weight in weights.items())
