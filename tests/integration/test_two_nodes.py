@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -137,3 +138,20 @@ def _await(condition: Any, timeout: float) -> None:
     while not condition():
         assert time.monotonic() < deadline, f'not within {timeout} s'
         time.sleep(0.05)
+
+
+def test_a_save_folder_of_its_own_on_each_node(nodes: tuple[Node, Node], folder: Path, expected: list[float]) -> None:
+    """Rank 0 writes the checkpoint on its node. A restart cannot load it on the other: it is refused before training, and goes on when the newest checkpoint has been copied there."""
+    run = folder / 'unshared'
+    saving = {'run_name': 'unshared', 'save_folder': 'ckpt', 'save_interval': '2ba', 'autoresume': True}  # relative to the working folder, of which each node has its own
+    assert _wait(_start(nodes, run, {**_config(folder, **saving), 'max_duration': '4ba'}, 'environment'), run) == [0, 0], _outputs(run)
+    ours, theirs = (run / f'node{rank}/ckpt' for rank in range(2))
+    assert (ours / 'ep0-ba4-rank0.pt').is_file() and not list(theirs.glob('*.pt'))
+    assert _wait(_start(nodes, run, _config(folder, **saving), 'environment'), run) == [1, 1]
+    said = _outputs(run)[0]
+    assert 'is another folder on each node, and none of the 2 checkpoints in them' in said and 'copy the newest checkpoint to every node' in said, said[-3000:]
+    theirs.mkdir(exist_ok=True)
+    shutil.copy(ours / 'ep0-ba4-rank0.pt', theirs)
+    assert _wait(_start(nodes, run, _config(folder, **saving), 'environment'), run) == [0, 0], _outputs(run)
+    assert 'save_folder is not shared by the 2 nodes; of 2 checkpoints 1 are on all of them' in _outputs(run)[0]
+    assert list(losses_in(run).values()) == pytest.approx(expected, abs=1e-5)
