@@ -89,8 +89,8 @@ def enter(name: str) -> str:
         return before
     now = time.monotonic()
     _spent[before] = _spent.get(before, 0.0) + now - _since
+    _beats += 1  # before the phase: who reads the phase and then the beats never takes a new phase for one that has lasted
     _phase, _since = name, now
-    _beats += 1
     if _publish is not None:
         _publish()
     return before

@@ -20,7 +20,7 @@ from llmfoundry.command_utils.incidents import bundle, classify, courier, faults
 from llmfoundry.command_utils.incidents.faults import Fault
 from llmfoundry.command_utils.incidents.report import report
 from llmfoundry.command_utils.incidents.summary import summarize
-from llmfoundry.command_utils.incidents.watchdog import limit_for
+from llmfoundry.command_utils.incidents.watchdog import Watchdog, limit_for
 from tests.helpers.disks import small_disk
 
 MEMORY = {'rss': 1, 'machine_total': 100, 'machine_available': 50}
@@ -216,6 +216,29 @@ def test_phases_nest_and_say_where_an_error_came_from() -> None:
 def test_limits() -> None:
     assert limit_for(600, 'forward') == 590 and limit_for(10, 'data') == 9 and limit_for(600, 'checkpoint') == 3 * 590
     assert limit_for(600, 'start') == float('inf')
+
+
+def test_the_end_of_a_long_start_is_not_taken_for_a_hang_in_what_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The phase changes while the watchdog looks: between its look at the progress and its look at the limits."""
+    looks, ended = [], threading.Event()
+
+    def look(folder: Path) -> None:
+        looks.append(folder)
+        if len(looks) == 6:
+            phases._beats += 1
+            phases._phase = 'callback'
+
+    monkeypatch.setattr(phases, '_phase', 'start')
+    monkeypatch.setattr(phases, '_beats', 0)
+    monkeypatch.setattr(inquiry, 'answer_if_asked', look)
+    fault = Fault(0, 'here', 'hang', 124, 0.0, 0, '')
+    watchdog = Watchdog(tmp_path, 1.0, None, lambda _: ended.set(), lambda: fault, None)
+    watchdog.start()
+    while len(looks) < 8:
+        time.sleep(0.01)
+    assert not ended.is_set()
+    assert ended.wait(10), 'without progress from then on it is one'
+    watchdog.close()
 
 
 def test_a_wait_for_others_is_told_from_work(tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from tests.helpers.s3_server import FaultyProxy, Rule, S3Server, faulty_proxy, s
 
 __all__ = ['OBJECT_STORE_KINDS']
 
+# Rank 0 tries again for longer than the other kinds let a collective last; the other rank waits for it.
+DIST_TIMEOUT_S = 120
+
 
 class Store(NamedTuple):
     """The server, the proxy before it, and a job that uses both."""
@@ -27,7 +30,7 @@ def _store(campaign: Campaign, folder: Path) -> Iterator[Store]:
     with s3_server() as server, faulty_proxy(server) as proxy:
         for path in sorted((campaign.data / 'train').iterdir()):
             server.client().upload_file(str(path), server.bucket, f'data/train/{path.name}')
-        config = base_config(campaign.data, save_folder=f's3://{server.bucket}/ckpt')
+        config = base_config(campaign.data, save_folder=f's3://{server.bucket}/ckpt', dist_timeout=DIST_TIMEOUT_S)
         config['train_loader']['dataset'] |= {'remote': f's3://{server.bucket}/data', 'local': str(folder / 'cache')}
         yield Store(server, proxy, campaign.job(folder, config, environment=proxy.environment))
 

@@ -93,7 +93,7 @@ class Rule:
         method: regular expression of HTTP methods.
         path: regular expression, searched in the path with its query.
         status: answer with this status (an S3 error) instead of asking the server.
-        cut_after: pass the body of the answer (of the request, for a PUT) on up to this many bytes, then close the connection.
+        cut_after: pass the body of the answer on up to this many bytes, or read as many of a PUT's or half of it, then close the connection.
         delay_s: seconds before the answer.
         hold: read the request and never answer it; the server does not see it.
     """
@@ -174,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _forward(self) -> None:
         rule = self.proxy.rule_for(self.command, self.path)
         if rule is not None and rule.cut_after is not None and self.command in ('PUT', 'POST'):
-            self.rfile.read(rule.cut_after)
+            self.rfile.read(min(rule.cut_after, int(self.headers.get('Content-Length') or rule.cut_after) // 2))
             self._hang_up()
             return
         if 'continue' in self.headers.get('Expect', '').lower():

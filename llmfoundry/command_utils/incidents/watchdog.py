@@ -71,11 +71,12 @@ class Watchdog(threading.Thread):
             if now - last_look > 10 * _POLL_S:  # this process was stopped, or starved; so its lack of progress says nothing
                 since = now
             last_look = now
-            if phases.beats() != seen:
-                seen, since = phases.beats(), now
+            phase, beats = phases.current(), phases.beats()  # in this order
+            if beats != seen:
+                seen, since = beats, now
             inquiry.answer_if_asked(self.folder)
             self._look_at_others()
-            if now - since > limit_for(self.timeout_s, phases.current()):
+            if now - since > limit_for(self.timeout_s, phase):
                 self.end(self.find_culprit())
                 since = time.monotonic()  # only reached when the training thread ends the process already
             for fault in [f for due, f in self._due if now >= due]:
