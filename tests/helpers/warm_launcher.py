@@ -11,6 +11,7 @@ import os
 import select
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,7 @@ def _run_job(job: dict[str, Any]) -> None:
     os.setsid()
     os.chdir(job['folder'])
     os.environ.update(job['env'])
+    tempfile.tempdir = None  # it was looked up when the server started
     fd = os.open('out.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
