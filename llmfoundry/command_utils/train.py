@@ -15,7 +15,7 @@ from composer import Trainer
 from composer.loggers import Logger
 
 from llmfoundry import builders, dist
-from llmfoundry.command_utils import preflight, start_checks
+from llmfoundry.command_utils import host_memory, preflight, start_checks
 from llmfoundry.command_utils import train_parts as parts
 from llmfoundry.command_utils import train_setup as setup
 from llmfoundry.command_utils.parallelism import build_parallelism_config, resolve_placement
@@ -95,6 +95,8 @@ def start_process(cfg: TrainConfig) -> None:
     validate_config(cfg)
     setup.configure_process(cfg.max_split_size_mb, cfg.expandable_segments, cfg.cuda_load_lazy)
     share_cores()
+    if not torch.cuda.is_available():
+        host_memory.return_freed_blocks()
     setup.seed_everything(cfg.seed)
 
 

@@ -10,6 +10,7 @@ import sys
 from typing import Sequence
 
 from llmfoundry import dist
+from llmfoundry.command_utils import host_memory
 from llmfoundry.command_utils.incidents.guard import Guard
 from llmfoundry.config.load import load_train_config
 from llmfoundry.typed_registry import resolve_target
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(USAGE, file=sys.stderr if not arguments else sys.stdout)
         sys.exit(0 if arguments else USAGE_EXIT_CODE)
     dist.complete_environment()
+    host_memory.ask_for_huge_pages()
     with Guard() as guard:
         cfg = guard.run(lambda: load_train_config(arguments[0], arguments[1:]))
         guard.watch(cfg.save_folder, cfg.run_name, cfg.dist_timeout)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
+import importlib
 import json
 import multiprocessing
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,7 @@ from llmfoundry.command_utils.plan.storage_log import Event, EventLog
 from llmfoundry.command_utils.threads import threads_per_process
 from llmfoundry.errors import ConfigError
 
+BENCHMARKS = Path(__file__).resolve().parents[2] / 'scripts/train/benchmarking'
 D, LAYERS, SEQ, VOCAB = 64, 2, 32, 50368
 CONFIG = {
     'model': {'name': 'mpt_causal_lm', 'd_model': D, 'n_heads': 2, 'n_layers': LAYERS, 'expansion_ratio': 4, 'max_seq_len': SEQ, 'vocab_size': VOCAB, 'attn_config': {'attn_impl': 'torch'}},
@@ -124,3 +128,18 @@ def test_help_needs_no_torch_and_a_bad_yaml_is_reported_as_by_validate(tmp_path)
     command = [sys.executable, '-c', "import sys; from llmfoundry.cli import app; app(['plan', sys.argv[1]])", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and 'precission' in done.stderr and 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize('row', ['MPT d512 x 6', 'Llama 100M, LoRA'])
+def test_what_is_planned_is_what_training_takes(row, tmp_path, monkeypatch):
+    """Two rows of ``plan_check.py`` at a smaller size, each trained in a process of its own: heaps that keep what is freed, or a step that keeps what it should not, break it."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    plan_runs, plan_check = importlib.import_module('plan_runs'), importlib.import_module('plan_check')
+    run = next(run for run in plan_runs.RUNS if run.name == row)
+    run = dataclasses.replace(run, microbatch=max(run.microbatch // 4, 1), microbatches=2)
+    plan_runs.write_data(tmp_path, run.seq_len)
+    config = {**plan_runs.base_config(run, tmp_path), 'max_duration': '2ba'}
+    (rank,) = plan_runs.measure_run(config, 1, tmp_path / 'run', 300)
+    planned = plan_check.predict(tmp_path / 'run' / 'config.yaml', 1)
+    assert planned['total_bytes'] == pytest.approx(rank['peak_bytes'], rel=0.1)
+    assert planned['total_bytes'] - planned['base_bytes'] > 0.4 * planned['total_bytes'], 'too small to show anything'

@@ -15,7 +15,6 @@ from llmfoundry import builders
 from llmfoundry.command_utils.plan.arithmetic import Peak, extrapolate, peak
 from llmfoundry.command_utils.plan.fake_model import Target
 from llmfoundry.command_utils.plan.simulate import simulate
-from llmfoundry.command_utils.sharding import shards_nothing
 from llmfoundry.config.load import load_train_config
 from llmfoundry.config.train import TrainConfig
 from llmfoundry.errors import ConfigError
@@ -24,11 +23,6 @@ __all__ = ['Estimate', 'Planner', 'allocator_holes', 'resident_bytes', 'world_of
 
 # Tokenizer, data loader, and the code and work buffers of kernels that the first step touches: what a process takes over its imports without any model.
 RUN_BYTES = 130_000_000
-# Holes in the C library's heap, as a share of the activations. Where gradients accumulate, those of the first microbatch lie among its released activations, and the next microbatch finds
-# no hole of its size; with one microbatch per step the optimizer's state fills them. (Replaying the log through malloc was tried: the result hung on the sizes of small objects between.)
-CPU_HOLES_ACCUMULATING, CPU_HOLES_ONE_PASS = 0.6, 0.15
-# FSDP2 gathers and reduces a layer at a time through the heap, gloo copies what it sends: twice the whole weights stay there as holes, however few activations there are.
-CPU_GATHER_HOLES = 2.0
 # CUDA: context and kernels, communicators of NCCL, and rounding of the caching allocator. Unmeasured.
 CUDA_CONTEXT_BYTES, NCCL_BYTES, CUDA_HOLES = 600_000_000, 400_000_000, 0.05
 # Deeper models are simulated at these two depths, since equal layers add equal amounts.
@@ -61,12 +55,9 @@ def resident_bytes() -> int:
     return 0
 
 
-def allocator_holes(found: Peak, target: Target, accumulates: bool, sharded: bool) -> int:
-    """Bytes that the allocator holds and nobody uses at the peak."""
-    if target.on_cuda:
-        return int(CUDA_HOLES * found.in_use)
-    gathered = CPU_GATHER_HOLES * found.division['parameter'] * target.devices if sharded else 0
-    return int((CPU_HOLES_ACCUMULATING if accumulates else CPU_HOLES_ONE_PASS) * found.activations_kept + gathered)
+def allocator_holes(found: Peak, target: Target) -> int:
+    """Bytes that the allocator holds and nobody uses at the peak. On the CPU there are none, since training has the C library return what is freed (see ``host_memory``)."""
+    return int(CUDA_HOLES * found.in_use) if target.on_cuda else 0
 
 
 @contextlib.contextmanager
@@ -119,13 +110,11 @@ class Planner:
             ConfigError: the changed config does not hold, or its model cannot be built.
         """
         found = self._peak(microbatch, *changes)
-        config = self.load(*changes)
-        sharded = self.target.devices > 1 and config.fsdp_config is not None and not shards_nothing(config.fsdp_config)
         if self.target.on_cuda:
             base = CUDA_CONTEXT_BYTES + (NCCL_BYTES if self.target.devices > 1 else 0)
         else:
             base = self.imported + RUN_BYTES
-        return Estimate(found, base, allocator_holes(found, self.target, microbatch < config.device_train_batch_size, sharded))
+        return Estimate(found, base, allocator_holes(found, self.target))
 
     def _peak(self, microbatch: int, *changes: str) -> Peak:
         config = self.load(*changes)

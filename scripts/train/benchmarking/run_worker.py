@@ -17,6 +17,9 @@ from measure import peak_rss_bytes
 
 def main() -> None:
     """Trains as the command line does, with one callback more."""
+    from llmfoundry.command_utils import host_memory
+
+    host_memory.ask_for_huge_pages()
     from composer import Callback
 
     from llmfoundry import dist
