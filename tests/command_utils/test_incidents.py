@@ -21,6 +21,7 @@ from llmfoundry.command_utils.incidents.faults import Fault
 from llmfoundry.command_utils.incidents.report import report
 from llmfoundry.command_utils.incidents.summary import summarize
 from llmfoundry.command_utils.incidents.watchdog import Watchdog, limit_for
+from llmfoundry.errors import CheckpointError, ConfigError, ConfigProblem, DataError, NaNLossError, RemoteStoreError, UnsafeCheckpointError
 from tests.helpers.disks import small_disk
 
 MEMORY = {'rss': 1, 'machine_total': 100, 'machine_available': 50}
@@ -79,9 +80,13 @@ def test_class_of_an_error(name: str) -> None:
     assert cause.setting and str(error)[:20] in cause.sign.replace('\n', ' ')
 
 
-def test_explained_errors_have_their_class() -> None:
-    from llmfoundry.errors import CheckpointError, ConfigError, ConfigProblem, NaNLossError, UnsafeCheckpointError
+def test_a_checkpoint_or_a_shard_that_the_network_lost_is_not_a_bad_one() -> None:
+    for error, otherwise in ((CheckpointError, 'bad checkpoint'), (DataError, 'bad data')):
+        for cause, kind in ((RemoteStoreError('gone'), 'network or object store'), (ValueError('damaged'), otherwise)):
+            assert classify.classify([_error_bundle(_raised(error('it failed'), cause), explained=True)]).kind == kind
 
+
+def test_explained_errors_have_their_class() -> None:
     for error, kind in (
         (NaNLossError(4, 1, float('nan')), 'NaN'), (CheckpointError('damaged'), 'bad checkpoint'), (UnsafeCheckpointError('os.system'), 'bad checkpoint'),
         (ConfigError([ConfigProblem('seed', 'is bad')]), 'config'),

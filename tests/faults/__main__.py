@@ -51,9 +51,10 @@ def main() -> int:
     counts = collections.Counter(row.status for row in rows)
     summary = f'{len(rows)} faults in {(time.monotonic() - start) / 60:.0f} minutes, seed {seed}: ' + ', '.join(f'{n} {status}' for status, n in sorted(counts.items()))
     summary += f'; shared memory left behind: {", ".join(left) or "none"}'
-    print(f'\n{table(rows)}\n\n{summary}')
+    text = f'{table(rows)}\n\n{summary}\n'.replace(f'{folder}/', '')
+    print(f'\n{text}')
     if args.table:
-        args.table.write_text(f'{table(rows)}\n\n{summary}\n')
+        args.table.write_text(text)
     if counts['failed'] or left:
         print(f'the folders of failed faults are in {folder}')
         return 1

@@ -215,8 +215,11 @@ def killed_in_write(sharded: bool, who: str) -> Callable[[Campaign, Path], Outco
         job.wait_for_step(step - 2)
         target = job.rank_pid(int(who[-1])) if who.startswith('rank') else None
         job.wait_until(lambda: _is_writing(save_folder, step), f'the write of the checkpoint of step {step}')
-        job.kill_everything() if target is None else os.kill(target, signal.SIGKILL)
-        _after_death(job, outcome)
+        if target is None:
+            kill(job, outcome)
+        else:
+            os.kill(target, signal.SIGKILL)
+            _after_death(job, outcome)
         return goes_on(campaign, job, outcome, sharded)
 
     return produce

@@ -66,7 +66,7 @@ _LOST_CONNECTION = re.compile(
 _COMMUNICATION_TYPES = {'DistBackendError', 'DistNetworkError', 'DistStoreError', 'DistError'}
 _NETWORK_MODULES = ('botocore', 'boto3', 'urllib3', 'requests', 'httpx', 'aiohttp', 'google.', 'oci.', 'azure.', 'huggingface_hub', 's3transfer', 'fsspec')
 _NETWORK_TYPES = {
-    'NetworkError', 'ConnectionError', 'ConnectionResetError', 'ConnectionRefusedError', 'ConnectTimeout', 'ReadTimeout', 'HTTPError', 'URLError', 'gaierror', 'EndpointConnectionError',
+    'NetworkError', 'RemoteStoreError', 'ConnectionError', 'ConnectionResetError', 'ConnectionRefusedError', 'ConnectTimeout', 'ReadTimeout', 'HTTPError', 'URLError', 'gaierror', 'EndpointConnectionError',
     'ObjectStoreTransientError', 'ClientError', 'NoCredentialsError', 'IncompleteRead',
 }  # fmt: skip
 _STORE_MODULES = ('composer.utils.object_store', 'streaming.base.storage', 'llmfoundry.checkpoint.remote_store')
@@ -204,7 +204,8 @@ def _error(error: Mapping[str, Any], first: Bundle, bundles: Sequence[Bundle]) -
         return 'out of host memory', sign
     for name in [error['type'], *error['bases']]:
         if name in _EXPLAINED:
-            return _EXPLAINED[name], sign
+            kind = _EXPLAINED[name]
+            return ('network or object store' if kind in ('bad checkpoint', 'bad data') and _is_network(chain) else kind), sign
     if _MISMATCH.search(text):
         return 'mismatched collective', _one_line(f'{sign} ({_waiting_of(bundles)})')
     if _is_network(chain):
