@@ -24,7 +24,7 @@ from llmfoundry.checkpoint.integrity import SEAL_FILE
 from llmfoundry.checkpoint.metadata_file import METADATA_FILE
 from llmfoundry.checkpoint.output_mirror import OutputMirror
 from llmfoundry.checkpoint.remote_store import RemoteStore
-from llmfoundry.errors import CheckpointError, RemoteStoreError
+from llmfoundry.errors import CheckpointError, CheckpointUploadError, RemoteStoreError
 
 __all__ = ['SaveTarget', 'remove_staged', 'staging_folder']
 
@@ -171,7 +171,7 @@ class SaveTarget:
         try:
             self.store.upload(path, name)
         except (RemoteStoreError, OSError) as e:
-            raise CheckpointError(
+            raise CheckpointUploadError(
                 f'save_folder: the checkpoint {self.store.uri_of(name)!r} could not be uploaded: {e} Earlier checkpoints are untouched and the latest one is named as before; rerun with autoresume: true.',
             ) from e
 

@@ -16,7 +16,7 @@ from llmfoundry.errors.base import (
     NetworkError,
     UserError,
 )
-from llmfoundry.errors.checkpoints import AdapterMismatchError, CheckpointError, ParityError, UnsafeCheckpointError
+from llmfoundry.errors.checkpoints import AdapterMismatchError, CheckpointError, CheckpointUploadError, ParityError, UnsafeCheckpointError
 from llmfoundry.errors.checks import MaskLintError
 from llmfoundry.errors.datasets_and_files import (
     CannotUnicodeDecodeFile,
@@ -84,6 +84,7 @@ __all__ = [
     'CannotUnicodeDecodeFile',
     'ChatTemplateError',
     'CheckpointError',
+    'CheckpointUploadError',
     'ClusterDoesNotExistError',
     'ClusterInvalidAccessMode',
     'ConfigError',

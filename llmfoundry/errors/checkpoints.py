@@ -7,6 +7,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is damaged, incomplete, or not one at all."""
 
 
+class CheckpointUploadError(CheckpointError):
+    """A checkpoint that the object store did not take; the one on the machine is whole."""
+
+
 class UnsafeCheckpointError(CheckpointError):
     """A checkpoint that would have to run code to be read."""
 

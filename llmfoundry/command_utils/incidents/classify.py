@@ -71,8 +71,8 @@ _NETWORK_TYPES = {
 }  # fmt: skip
 _STORE_MODULES = ('composer.utils.object_store', 'streaming.base.storage', 'llmfoundry.checkpoint.remote_store')
 _EXPLAINED = {
-    'NaNLossError': 'NaN', 'LossSpikeError': 'loss', 'HighLossError': 'loss', 'NetworkError': 'network or object store', 'CheckpointError': 'bad checkpoint', 'ConfigError': 'config',
-    'RegistryError': 'config', 'DataError': 'bad data', 'PackingNotSupportedError': 'config', 'PackingSelfTestError': 'config',
+    'NaNLossError': 'NaN', 'LossSpikeError': 'loss', 'HighLossError': 'loss', 'NetworkError': 'network or object store', 'CheckpointUploadError': 'network or object store',
+    'CheckpointError': 'bad checkpoint', 'ConfigError': 'config', 'RegistryError': 'config', 'DataError': 'bad data', 'PackingNotSupportedError': 'config', 'PackingSelfTestError': 'config',
 }  # fmt: skip
 # Less than this part of the limit left free: a process that was killed was most likely killed for it.
 _NEAR_LIMIT = 0.05
