@@ -106,7 +106,8 @@ def _parsed(files: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _write_file(state: dict[str, Any], path: Path) -> None:
-    torch.save(state, path)
+    with path.open('wb') as f:  # by name torch refuses some, such as one that begins with a point and has no other
+        torch.save(state, f)
     flush_to_disk(path)
 
 

@@ -166,9 +166,10 @@ def _reserve_and_wait(runs: str, turns: int) -> list[int]:
         with shm_hygiene._next_prefix(shm_hygiene._run_folder(None)) as prefix:
             Path(f'/dev/shm/{prefix:06d}_locals').touch(exist_ok=False)
             Path(os.environ['TMPDIR'], f'{prefix}').touch(exist_ok=False)
-        assert not Path(f'/dev/shm/{prefix:06d}_reserved').exists()
         taken.append(prefix)
         shm_hygiene.clean_dead_runs()
+    dist.barrier()
+    assert not [prefix for prefix in taken if Path(f'/dev/shm/{prefix:06d}_reserved').exists()]
     dist.barrier()
     for prefix in taken:
         Path(f'/dev/shm/{prefix:06d}_locals').unlink()

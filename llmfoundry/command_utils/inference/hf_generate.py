@@ -104,7 +104,11 @@ def parse_args(argv: Sequence[str] | None = None) -> GenerateArgs:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the script; 1 with one message for what a user can mend."""
-    return exit_code_of(lambda: resolve_target('llmfoundry.command_utils.inference.generation:generate')(parse_args(argv)))
+    def parse_and_generate() -> None:
+        args = parse_args(argv)  # before torch is imported
+        resolve_target('llmfoundry.command_utils.inference.generation:generate')(args)
+
+    return exit_code_of(parse_and_generate)
 
 
 if __name__ == '__main__':
