@@ -32,6 +32,7 @@ def write_atomically(write: Callable[[Any, str], None], state_dict: Any, filenam
                 write(state_dict, hidden)
             finally:
                 written = os.path.getsize(hidden) if os.path.exists(hidden) else 0
+        flush_folder(folder)
     except (OSError, RuntimeError) as e:  # torch's zip writer turns a full disk into a RuntimeError
         raise failed_write(filename, e, written) from e
 

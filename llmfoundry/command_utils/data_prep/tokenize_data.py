@@ -31,7 +31,7 @@ from llmfoundry.command_utils.data_prep.rows import pair_of_row
 from llmfoundry.command_utils.data_prep.tokenizer_spec import describe_tokenizer
 from llmfoundry.data.token_concat import TOKEN_DTYPE
 from llmfoundry.errors import DataError, InvalidDatasetError
-from llmfoundry.whole_files import appearing_whole
+from llmfoundry.whole_files import appearing_whole, flush_folder
 
 __all__ = ['TokenizeSummary', 'main', 'tokenize_data']
 
@@ -119,6 +119,7 @@ def _write_file(source: FileSource, spec: PairSpec, processes: int, output: Path
                 raise DataError('another process is writing this file. Wait for it, or choose another place.', file=str(output)) from None
             with appearing_whole(output, partial):
                 summary = _tokenize_with_the_right_engine(source, spec, processes, partial)
+        flush_folder(output.parent)
     except OSError as e:
         reason = os.strerror(e.errno) if e.errno else str(e)
         raise DataError(f'cannot write the output: {reason}. Make room or choose another place.', file=str(output)) from e
