@@ -100,9 +100,7 @@ class AdapterSaver(Callback):
         if not self.is_remote:
             shutil.rmtree(Path(base) / name, ignore_errors=True)
             return
-        store = RemoteStore(base)
-        for file in store.list(f'{name}/'):
-            store.delete(file)
+        RemoteStore(base).delete_below(name, first='adapter_config')
 
 
 def _check_sharding(state: State) -> None:

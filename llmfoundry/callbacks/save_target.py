@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Iterable, Sequence
 
 from composer.loggers import Logger
 
@@ -217,6 +217,5 @@ class SaveTarget:
                 part.unlink(missing_ok=True) if path.is_dir() else None
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             return
-        parts: list[Any] = self.store.list(f'{name}/')
-        for part in sorted(parts, key=lambda p: (not posixpath.basename(p).startswith(METADATA_FILE), p)) or [name]:
-            self.store.delete(part)
+        if not self.store.delete_below(name, first=METADATA_FILE):
+            self.store.delete(name)

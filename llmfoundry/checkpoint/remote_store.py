@@ -132,6 +132,13 @@ class RemoteStore:
         except FileNotFoundError:
             return
 
+    def delete_below(self, name: str, first: str = '') -> int:
+        """Removes every object below the folder ``name``, those whose own names begin with ``first`` before the others, so that a kill in between leaves nothing that looks whole; how many there were."""
+        parts = sorted(self.list(f'{name}/'), key=lambda part: (not posixpath.basename(part).startswith(first), part))
+        for part in parts:
+            self.delete(part)
+        return len(parts)
+
     def remove_unfinished_uploads(self, is_ours: Callable[[str], bool]) -> int:
         """Aborts what killed runs left of uploads in several parts, which nobody sees and everybody pays for; returns how many. Only S3 has such.
 

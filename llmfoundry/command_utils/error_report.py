@@ -14,13 +14,13 @@ from llmfoundry import dist
 from llmfoundry.errors import BaseContextualError, CheckpointError, ConfigError, DataError
 from llmfoundry.typed_registry import RegistryError
 
-__all__ = ['EXPLAINED_ERRORS', 'MENDABLE_ERRORS', 'exit_code_of', 'format_error', 'run_or_exit']
+__all__ = ['EXPLAINED_ERRORS', 'exit_code_of', 'format_error', 'run_or_exit']
 
 T = TypeVar('T')
 
 EXPLAINED_ERRORS = (ConfigError, DataError, BaseContextualError, CheckpointError, RegistryError)
 # What a command that reads and writes checkpoints raises about its arguments, files and packages.
-MENDABLE_ERRORS = (OSError, RuntimeError, ValueError, ImportError)
+_MENDABLE_ERRORS = (OSError, RuntimeError, ValueError, ImportError)
 TRACEBACK_VARIABLE = 'LLMFOUNDRY_TRACEBACK'
 
 
@@ -47,11 +47,11 @@ def run_or_exit(function: Callable[[], T]) -> T:
         sys.exit(1)
 
 
-def exit_code_of(function: Callable[[], object], errors: tuple[type[Exception], ...] = MENDABLE_ERRORS) -> int:
-    """Calls ``function``; 0, or 1 after one of ``errors``, which is printed to stderr as one message."""
+def exit_code_of(function: Callable[[], object]) -> int:
+    """Calls ``function``; 0, or 1 after an error that a user can mend, which is printed to stderr as one message."""
     try:
         function()
-    except errors as e:
+    except _MENDABLE_ERRORS as e:
         print(f'{type(e).__name__}: {e}', file=sys.stderr)
         return 1
     return 0

@@ -112,8 +112,8 @@ def explain(error: BaseException, uri: str, setting: str, attempts: int | None =
         attempts: how often it was tried, where that is known.
     """
     place = urlparse(uri)
-    bucket = place.netloc.rpartition('@')[2]
-    settings = f'Look at {SETTINGS[place.scheme]}.' if place.scheme in SETTINGS else f'Look at the address and credentials of {place.scheme}://.'
+    scheme, bucket = place.scheme or 'file', place.netloc.rpartition('@')[2]
+    settings = f'Look at {SETTINGS[scheme]}.' if scheme in SETTINGS else f'Look at the address and credentials of {scheme}://.'
     cause = str(error).partition('\n')[0]
     status, code = http_status(error), error_code(error)
     if is_transient(error):

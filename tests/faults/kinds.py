@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-from tests.faults.jobs import SAVE_EVERY, STEPS, Job, JobFailed, base_config, final_digest, parent_of
+from tests.faults.jobs import SAVE_EVERY, STEPS, Job, JobFailed, NotInjected, base_config, final_digest, parent_of
 from tests.helpers.warm_launcher import WarmLauncher
 
 __all__ = ['KINDS', 'Campaign', 'Failed', 'Fault', 'Outcome', 'Skipped']
@@ -36,11 +36,10 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Reference:
-    """A run that nothing happened to: what it ended with, and the time from its command to its first step and to its end."""
+    """A run that nothing happened to: what it ended with, and the time from its command to its first step."""
 
     digest: str
     start_s: float
-    run_s: float
 
 
 @dataclass
@@ -70,10 +69,9 @@ class Campaign:
             started = time.monotonic()
             if job.wait() != 0:
                 raise JobFailed(f'the reference run failed: {job.output[-2000:]}')
-            end = time.monotonic()
             if left := job.leftovers():
                 raise JobFailed(f'the reference run left behind: {", ".join(left)}')
-            self.references[sharded, ranks] = Reference(final_digest(Path(job.config['save_folder']), sharded), started - begin, end - begin)
+            self.references[sharded, ranks] = Reference(final_digest(Path(job.config['save_folder']), sharded), started - begin)
         return self.references[sharded, ranks]
 
 
@@ -117,11 +115,17 @@ def check_final(campaign: Campaign, job: Job, sharded: bool = False, folder: Pat
 
 
 def kill(job: Job, outcome: Outcome, step: int | None = None) -> None:
-    """SIGKILL to every process of a job that runs, when it has reached ``step``."""
+    """SIGKILL to every process of a job that runs, when it has reached ``step``.
+
+    Raises:
+        NotInjected: it ended first.
+    """
     if step is not None:
         job.wait_for_step(step)
     job.kill_everything()
     outcome.exit_code, outcome.cause = job.wait(), '(nobody is left to name it)'
+    if outcome.exit_code == 0:
+        raise NotInjected('the run ended before it was killed')
 
 
 def resume(job: Job, outcome: Outcome) -> None:

@@ -284,7 +284,7 @@ def test_one_block_for_an_error_of_the_config(launcher: WarmLauncher, data: Path
     ]
     for job, message in zip(jobs, ('max_duraton', 'amp_fp16'), strict=True):
         assert job.wait(150) == 1
-        _wait_for(lambda job=job: not _left_of(job, tmp_path), 15, job)
+        _wait_for(lambda job=job: not _left_of(job, job.folder), 15, job)
         assert job.output().count('ERROR (rank') == 1 and message in job.output(), job.output()[-3000:]
         assert 'this run failed' not in job.output() and 'Traceback' not in job.output(), job.output()[-3000:]
 

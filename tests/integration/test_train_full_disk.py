@@ -59,7 +59,7 @@ def test_full_while_two_ranks_save_shards(data: Path, disk: Path, tmp_path: Path
     assert start_training(config, tmp_path / 'run', ranks=2).wait(300) != 0
     out = (tmp_path / 'run' / 'out.txt').read_text()
     assert re.search(
-        r"CheckpointError: save_folder: the checkpoint '.*ep0-ba4' could not be written.*: (OSError: \[Errno 28\] No space left on device|RuntimeError: .*inline_container.*)(\. Earlier checkpoints are|\.\.\.)", out,
+        r"CheckpointError: save_folder: the checkpoint '.*ep0-ba4' could not be written.*: (OSError: \[Errno 28\] No space left on device|RuntimeError: .*inline_container.*)\. Earlier checkpoints are", out,
     ), out[-3000:]
     assert 'Traceback' not in out
     assert sorted(p.name for p in (disk / 'ckpt').iterdir() if p.name != 'incidents') == ['ep0-ba2', 'latest-sharded-rank0']

@@ -110,7 +110,6 @@ def _device_memory() -> dict[str, int]:
 
 def write_bundle(
     places: Places, *, fault: Fault, code: int, live: Path, error: BaseException | None = None, explained: bool = False, peers: list[dict[str, Any]] | None = None,
-    waiting_in: str | None = None,
 ) -> Path | None:
     """Writes this rank's bundle.
 
@@ -122,7 +121,6 @@ def write_bundle(
         error: the exception that ends this rank.
         explained: the exception names its own cause.
         peers: what is known of the other ranks at this moment.
-        waiting_in: the collective that this rank has left with an error, if it has.
 
     Returns:
         The file, or None when no disk took it.
@@ -134,7 +132,7 @@ def write_bundle(
         'host': socket.gethostname(), 'pid': os.getpid(), 'ticks': procs.start_ticks(os.getpid()), 'master': f'{os.environ.get("MASTER_ADDR", "")}:{os.environ.get("MASTER_PORT", "")}',
         'time': _utc(time.time()), 'written_by': f'rank {rank}', 'fault': asdict(fault), 'exit_code': code,
         'phase': phases.phase_of(error) or phases.current(), 'seconds_in_phase': round(phases.seconds_in(), 2), 'phase_seconds': {k: round(v, 2) for k, v in phases.spent().items()},
-        'progress': asdict(phases.progress), 'waiting_in': waiting_in or stack.waiting_in, 'reading': stack.reading, 'main_stack': stack.frames,
+        'progress': asdict(phases.progress), 'waiting_in': stack.waiting_in, 'reading': stack.reading, 'main_stack': stack.frames,
         'error': None if error is None else describe_error(error, explained), 'memory': {**procs.own_memory(), **_device_memory()}, 'peers': peers or [], 'versions': _versions(),
     }  # fmt: skip
     text = '\n'.join([stacks.all_threads(), stacks.worker_stacks(live / f'rank{rank}.crash')])

@@ -236,6 +236,6 @@ def is_lost_connection(error: Mapping[str, Any]) -> bool:
     return last['type'] == 'RuntimeError' and from_torch and bool(_LOST_CONNECTION.search(last['message']))
 
 
-def _one_line(text: str, limit: int = 300) -> str:
+def _one_line(text: str, limit: int = 500) -> str:  # long enough for an explained error with a long path, whose end says what to do
     line = ' '.join(text.split())
     return line if len(line) <= limit else line[: limit - 3] + '...'

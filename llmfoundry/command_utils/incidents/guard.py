@@ -64,7 +64,6 @@ class Guard:
         self.has_watcher = False
         self._claim = threading.Lock()
         self._code = 1
-        self._left_waiting: str | None = None
         self._restore: list[Callable[[], Any]] = []
 
     def __enter__(self) -> Guard:
@@ -151,9 +150,7 @@ class Guard:
         self._code = fault.code
         is_secondary = fault.rank != self.rank and fault.detected_by != self.rank
         if self.places is not None and (self.world_size > 1 or not explained or phases.current() != 'start') and fault.code != 0:
-            bundle.write_bundle(
-                self.places, fault=fault, code=fault.code, live=self.live, error=error, explained=explained, peers=courier.remote_ranks(self.live), waiting_in=self._left_waiting,
-            )
+            bundle.write_bundle(self.places, fault=fault, code=fault.code, live=self.live, error=error, explained=explained, peers=courier.remote_ranks(self.live))
         if self.world_size == 1:
             _print_alone(error, explained)
         if explained:
@@ -168,12 +165,13 @@ class Guard:
         stopped = _STOP_CODES.get(code) if isinstance(error, SystemExit) else 'SIGINT' if isinstance(error, KeyboardInterrupt) else None
         described = bundle.describe_error(error, explained)
         lost_connection = self.world_size > 1 and classify.is_lost_connection(described)
+        if lost_connection:  # known before anybody asks: the time limit of a collective and that of another rank's watchdog end in the same moments
+            stacks.has_left(f'{described["innermost"].rpartition(" ")[2]}, called at {described["place"]}')
         if self.world_size > 1 and (stopped or lost_connection):
             if self.courier is not None:
                 self.courier.exchange_now(_OTHERS_WORD_S / 2)
             other = faults.wait_for_fault_of_another(self.live, self.rank, _OTHERS_WORD_S if lost_connection else _OTHERS_WORD_S / 2)
             if other is None and lost_connection:
-                self._left_waiting = f'{described["innermost"].rpartition(" ")[2]}, called at {described["place"]}'
                 other = self._find_culprit()
                 is_hang = other.rank != self.rank or (other.kind == 'hang' and 'imed out' in str(error))
                 other = faults.publish(self.live, other) if is_hang else None
@@ -239,7 +237,7 @@ class Guard:
     def _find_culprit(self) -> Fault:
         if self.courier is not None:
             self.courier.exchange_now(1.0)
-        found = inquiry.find_culprit(self.live, self.host, courier.remote_ranks(self.live), self._left_waiting)
+        found = inquiry.find_culprit(self.live, self.host, courier.remote_ranks(self.live))
         if found.rank == self.rank and self.world_size > dist.get_local_world_size():
             # Nobody on this node is behind; a node with a rank that is says so in the same moments.
             found = faults.wait_for_fault_of_another(self.live, self.rank, _OTHER_NODES_WORD_S) or found

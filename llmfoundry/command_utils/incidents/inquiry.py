@@ -28,25 +28,24 @@ def _answer_file(folder: Path, rank: int) -> Path:
     return folder / f'rank{rank}.answer'
 
 
-def answer_if_asked(folder: Path, waiting_in: str | None = None) -> None:
-    """Answers once, when somebody has asked; called often. ``waiting_in`` is for a thread that has left the collective with an error and so does not show it any more."""
+def answer_if_asked(folder: Path) -> None:
+    """Answers once, when somebody has asked; called often."""
     own = _answer_file(folder, dist.get_global_rank())
     if (folder / _QUESTION).exists() and not own.exists():
-        write_whole(own, json.dumps({'waiting_in': waiting_in or main_stack().waiting_in, 'phase': phases.current()}))
+        write_whole(own, json.dumps({'waiting_in': main_stack().waiting_in, 'phase': phases.current()}))
 
 
-def find_culprit(folder: Path, host: str, peers: list[dict[str, Any]], waiting_in: str | None = None) -> Fault:
+def find_culprit(folder: Path, host: str, peers: list[dict[str, Any]]) -> Fault:
     """Asks, waits a second for the answers, and names the rank that the others wait for.
 
     Args:
         folder: the live folder of the node.
         host: this machine's name.
         peers: what the courier knows of the ranks of other nodes; those with ``lost`` have not been heard of.
-        waiting_in: the collective that this rank has left with an error, if it has.
     """
     with contextlib.suppress(OSError):
         (folder / _QUESTION).touch()
-    answer_if_asked(folder, waiting_in)
+    answer_if_asked(folder)
     rank = dist.get_global_rank()
     states = read_records(folder)
     deadline = time.monotonic() + _ANSWER_S

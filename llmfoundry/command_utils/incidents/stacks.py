@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Iterator, SupportsIndex
 
-__all__ = ['MainStack', 'all_threads', 'disable_crash_dump', 'enable_crash_dump', 'main_stack', 'waiting_in_crash', 'worker_stacks']
+__all__ = ['MainStack', 'all_threads', 'disable_crash_dump', 'enable_crash_dump', 'has_left', 'main_stack', 'waiting_in_crash', 'worker_stacks']
 
 # A real-time signal that nobody else is known to use; its handler is inherited by forked loader workers.
 DUMP_SIGNAL = signal.SIGRTMIN + 5
@@ -30,13 +30,14 @@ _BACKWARD = ('/torch/autograd/graph.py', '_engine_run_backward')
 _PLUMBING = ('/torch/', '/contextlib.py', '/llmfoundry/gloo_average.py', '/llmfoundry/dist.py')
 _LIBRARIES = ('/torch/', '/composer/', '/streaming/', f'{os.path.dirname(os.__file__)}/')
 _READER_LOCALS = ('shard_id', 'sample_id')
+_left: str | None = None
 
 
 @dataclass
 class MainStack:
     """The main thread's stack.
 
-    ``frames`` are ``file:line function``, innermost first; ``waiting_in`` names the collective that it waits in, with the place that called it; ``reading`` the shard or sample that a
+    ``frames`` are ``file:line function``, innermost first; ``waiting_in`` names the collective that it waits in, or has left with an error, with the place that called it; ``reading`` the shard or sample that a
     Streaming reader has in hand.
     """
 
@@ -55,10 +56,16 @@ def _describe(frame: FrameType) -> str:
     return f'{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}'
 
 
+def has_left(call: str | None) -> None:
+    """From here on the main thread counts as waiting in ``call``: it has left that collective with an error, so its stack does not show it any more. None undoes it."""
+    global _left
+    _left = call
+
+
 def main_stack() -> MainStack:
     """The stack of the main thread, from any thread."""
     found = list(_frames(sys._current_frames().get(threading.main_thread().ident or 0)))
-    stack = MainStack([_describe(f) for f in found[:_FRAMES_KEPT]], waiting_in(found))
+    stack = MainStack([_describe(f) for f in found[:_FRAMES_KEPT]], _left or waiting_in(found))
     for frame in found:
         if '/streaming/' in frame.f_code.co_filename:
             for name in _READER_LOCALS:
