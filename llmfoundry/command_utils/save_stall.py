@@ -6,13 +6,12 @@ a background save takes from the steps beside it, on a machine whose cores are a
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 from composer import Callback
@@ -25,9 +24,8 @@ from llmfoundry.command_utils import train_parts
 from llmfoundry.command_utils.train import train
 from llmfoundry.config.load import load_train_config
 
-__all__ = ['main']
+__all__ = ['measure_stalls']
 
-MODELS = {'tiny': {'d_model': 64, 'n_heads': 2, 'n_layers': 2}, '125m': {'d_model': 768, 'n_heads': 12, 'n_layers': 12}, '350m': {'d_model': 1024, 'n_heads': 16, 'n_layers': 24}}
 VOCAB = 50368
 # The first step allocates the optimiser's state, and the first background save its buffers.
 WARM_UP_STEPS = 2
@@ -83,23 +81,25 @@ def _config(folder: Path, model: dict[str, int], seq_len: int) -> dict[str, Any]
     }  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--size', choices=MODELS, default='125m')
-    parser.add_argument('--rounds', type=int, default=3, help='measured saves of each kind; one more of each comes first')
-    parser.add_argument('--seq_len', type=int, default=64)
-    parser.add_argument('--folder', default=None, help='where to write, to choose the disk')
-    args = parser.parse_args(argv)
-    measure = _SaveInTurn(args.rounds)
+def measure_stalls(name: str, model: dict[str, int], rounds: int, seq_len: int, folder: str | None) -> None:
+    """Trains, saves in turn, and prints the figures.
+
+    Args:
+        name: of the size of the MPT.
+        model: its keys that differ from size to size.
+        rounds: measured saves of each kind; one more of each comes first.
+        seq_len: tokens per sample.
+        folder: where to write, to choose the disk; None for the temp folder.
+    """
+    measure = _SaveInTurn(rounds)
     own_callbacks = train_parts.own_callbacks
     train_parts.own_callbacks = lambda cfg: [*own_callbacks(cfg), measure]
-    with tempfile.TemporaryDirectory(dir=args.folder, prefix='save-stall-') as folder:
-        trainer = train(load_train_config(_config(Path(folder), MODELS[args.size], args.seq_len), []))
-        newest = max((p for p in (Path(folder) / 'checkpoints').iterdir() if not p.is_symlink()), key=os.path.getmtime)
+    with tempfile.TemporaryDirectory(dir=folder, prefix='save-stall-') as work:
+        trainer = train(load_train_config(_config(Path(work), model, seq_len), []))
+        newest = max((p for p in (Path(work) / 'checkpoints').iterdir() if not p.is_symlink()), key=os.path.getmtime)
         size = newest.stat().st_size
         trainer.close()
-    _report(measure, args.size, size)
+    _report(measure, name, size)
 
 
 def _report(measure: _SaveInTurn, size: str, checkpoint_bytes: int) -> None:
