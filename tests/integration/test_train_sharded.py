@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,7 @@ from llmfoundry.checkpoint.composer_to_hf import convert_checkpoint
 from llmfoundry.checkpoint.reader import open_checkpoint
 from llmfoundry.tokenizers.build import build_tokenizer
 from tests.helpers.small_tokenizer import small_tokenizer_files
-from tests.helpers.train_runs import ROOT, make_data, tiny_config
-from tests.helpers.workspace import command_environment
+from tests.helpers.train_runs import make_data, run_script, tiny_config
 
 STEPS, STOPPED_AT = 12, 5
 # Per config: the whole run; a run that stops early; what a kill during the next save leaves; the same command again. The second stopped run saves as Composer would.
@@ -76,10 +73,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp('sharded')
     (folder / 'job.json').write_text(json.dumps({'configs': _configs(folder), 'folder': str(folder), 'stopped_at': STOPPED_AT}))
     (folder / 'run_all.py').write_text(RUN_ALL)
-    command = [str(Path(sys.executable).parent / 'composer'), '-n', '2', str(folder / 'run_all.py'), str(folder / 'job.json'), str(folder / 'losses.json')]
-    done = subprocess.run(command, cwd=folder, env=command_environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return Runs(folder, json.loads((folder / 'losses.json').read_text()), done.stdout)
+    output = run_script(folder, folder / 'run_all.py', folder / 'job.json', folder / 'losses.json')
+    return Runs(folder, json.loads((folder / 'losses.json').read_text()), output)
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'composer'])
