@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import json
 import os
 import select
@@ -199,6 +200,7 @@ def _serve() -> None:
         'llmfoundry.optim.adamw', 'streaming',
     ):
         importlib.import_module(name)
+    gc.freeze()  # each collection of a job would look at all that is imported, and copy the pages
     running: set[int] = set()
     out = os.dup(1)
     os.dup2(2, 1)

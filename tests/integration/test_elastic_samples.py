@@ -13,7 +13,7 @@ from streaming import MDSWriter
 
 from llmfoundry.errors import DataError
 from tests.helpers.finetuning_runs import finetuning_config
-from tests.helpers.small_tokenizer import small_tokenizer_files
+from tests.helpers.small_tokenizer import write_small_tokenizer
 from tests.helpers.train_runs import make_data, run_config, run_script, tiny_config, train_losses
 
 # A relay from 1 to 2 to 4 to 1 processes, changing hands in the middle of an epoch of every kind of data, and a run of one process beside it.
@@ -55,9 +55,7 @@ def write_data(folder: Path) -> None:
     with MDSWriter(columns={'prompt': 'str', 'response': 'str'}, out=str(folder / 'mds' / 'train'), size_limit=3000) as out:
         for row in rows:
             out.write(row)
-    (folder / 'tokenizer').mkdir()
-    for name, entry in small_tokenizer_files(VOCAB).items():
-        (folder / 'tokenizer' / name).write_text(json.dumps(entry['content']))
+    write_small_tokenizer(folder / 'tokenizer', VOCAB)
 
 
 def base_configs(folder: Path) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ from llmfoundry import registry
 from llmfoundry.checkpoint.integrity import SEAL_FILE
 from llmfoundry.checkpoint.metadata_file import METADATA_FILE, read_metadata
 from llmfoundry.errors import CheckpointError, ConfigError, UnsafeCheckpointError
-from tests.helpers.small_tokenizer import small_tokenizer_files
+from tests.helpers.small_tokenizer import write_small_tokenizer
 from tests.helpers.train_runs import make_data, run_config, run_script, start_training, tiny_config, train_losses
 
 STEPS, SAVED_AT = 6, 3
@@ -167,13 +167,9 @@ class Runs:
 
 def small_config(folder: Path, **changes: Any) -> dict[str, Any]:
     """A vocabulary of 41 tokens, since checkpoints are read and written many times."""
-    tokenizer = folder / 'tokenizer'
-    if not tokenizer.exists():
+    if not (folder / 'data').exists():
         make_data(folder / 'data')
-        tokenizer.mkdir()
-        for name, entry in small_tokenizer_files(41).items():
-            (tokenizer / name).write_text(json.dumps(entry['content']))
-    config = tiny_config(folder / 'data', **{'max_duration': f'{STEPS}ba', 'tokenizer': {'name': str(tokenizer)}, **changes})
+    config = tiny_config(folder / 'data', **{'max_duration': f'{STEPS}ba', 'tokenizer': {'name': write_small_tokenizer(folder / 'tokenizer')}, **changes})
     return {**config, 'model': {**config['model'], 'vocab_size': 48}}
 
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from llmfoundry.checkpoint.composer_to_hf import convert_checkpoint
 from llmfoundry.checkpoint.reader import open_checkpoint
 from llmfoundry.tokenizers.build import build_tokenizer
-from tests.helpers.small_tokenizer import small_tokenizer_files
+from tests.helpers.small_tokenizer import write_small_tokenizer
 from tests.helpers.train_runs import make_data, run_script, tiny_config
 
 STEPS, STOPPED_AT = 12, 5
@@ -60,12 +60,8 @@ class Runs:
 def _configs(folder: Path) -> dict[str, dict[str, Any]]:
     """``gpt2``: the shipped tokenizer of 50,257 entries. ``composer``: one of 41, since Composer's form takes long to save."""
     make_data(folder / 'data')
-    tokenizer = folder / 'tokenizer'
-    tokenizer.mkdir()
-    for name, entry in small_tokenizer_files(41).items():
-        (tokenizer / name).write_text(json.dumps(entry['content']))
     config = tiny_config(folder / 'data', max_duration=f'{STEPS}ba', fsdp_config={'sharding_strategy': 'FULL_SHARD', 'mixed_precision': 'FULL', 'state_dict_type': 'sharded'})
-    return {'gpt2': config, 'composer': {**config, 'model': {**config['model'], 'vocab_size': 48}, 'tokenizer': {'name': str(tokenizer)}}}
+    return {'gpt2': config, 'composer': {**config, 'model': {**config['model'], 'vocab_size': 48}, 'tokenizer': {'name': write_small_tokenizer(folder / 'tokenizer')}}}
 
 
 @pytest.fixture(scope='module')
