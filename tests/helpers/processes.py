@@ -1,8 +1,9 @@
-"""Runs a function in several processes with a gloo process group between them."""
+"""Runs a function in a fresh process, or in several with a gloo process group between them."""
 
 from __future__ import annotations
 
 import atexit
+import concurrent.futures
 import multiprocessing
 import os
 import tempfile
@@ -12,8 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-__all__ = ['run_in_processes']
-
+__all__ = ['run_in_process', 'run_in_processes']
 
 # The fork server imports these once, before it has run anything, for all processes of all calls.
 _IMPORTED = ['llmfoundry.command_utils.train', 'llmfoundry.models.mpt.composer_mpt', 'llmfoundry.data.text_data', 'transformers.models.llama.modeling_llama']
@@ -31,6 +31,13 @@ def _entry(rank: int, world_size: int, function: Callable[..., Any], args: tuple
     # waits for the GIL: a deadlock in one of some hundred runs. Exit handlers still run, since Streaming's unlink shared memory.
     atexit._run_exitfuncs()
     os._exit(0)
+
+
+def run_in_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls ``function(*args)`` in a process that has run nothing before, without a process group."""
+    multiprocessing.set_forkserver_preload(_IMPORTED)
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('forkserver')) as pool:
+        return pool.submit(function, *args).result()
 
 
 def run_in_processes(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.namespaces import Node, enter_node
 from tests.helpers.workspace import command_environment
 
 __all__ = ['Job', 'WarmLauncher', 'shared_launcher']
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAIN_SCRIPT = ROOT / 'scripts/train/train.py'
 _SERVER_VARIABLES = {'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1'}
 # What a run in this process leaves in its environment, and a shell does not have.
-_OF_A_RANK = {'RANK', 'LOCAL_RANK', 'NODE_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'}
+_OF_A_RANK = {'RANK', 'LOCAL_RANK', 'NODE_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'GLOO_SOCKET_IFNAME'}
 
 
 class Job:
@@ -81,14 +82,14 @@ class WarmLauncher:
             self.process.wait()
         self.process.stdout.close()
 
-    def start(self, folder: Path, arguments: list[str], ranks: int | None = 2, script: Path = TRAIN_SCRIPT, **env: str) -> Job:
+    def start(self, folder: Path, arguments: list[str], ranks: int | None = 2, script: Path = TRAIN_SCRIPT, node: Node | None = None, **env: str) -> Job:
         """Runs ``composer -n RANKS train.py ARGUMENTS``, or ``python train.py ARGUMENTS`` when ``ranks`` is None, in ``folder`` with output to its ``out.txt``.
 
-        The job has this process's environment of the moment and ``env``; variables that libraries read when they are imported are those of the moment in which the server was started.
+        ``node``, if there is one, is the machine on which it runs. The job has this process's environment of the moment and ``env``; variables that libraries read when they are imported are those of the moment in which the server was started.
         """
         folder.mkdir(parents=True, exist_ok=True)
         environment = {name: value for name, value in command_environment().items() if name not in _OF_A_RANK}
-        job = {'folder': str(folder), 'script': str(script), 'arguments': arguments, 'ranks': ranks, 'env': {**environment, **_SERVER_VARIABLES, **env}}
+        job = {'folder': str(folder), 'script': str(script), 'arguments': arguments, 'ranks': ranks, 'node': node and node.name, 'env': {**environment, **_SERVER_VARIABLES, **env}}
         self.process.stdin.write(json.dumps(job).encode() + b'\n')
         self.process.stdin.flush()
         known = len(self.pids)
@@ -173,6 +174,8 @@ def _run_job(job: dict[str, Any]) -> None:
         signal.signal(number, signal.SIG_DFL)
     os.setsid()
     os.chdir(job['folder'])
+    if job['node'] is not None:
+        enter_node(job['node'])
     os.environ.clear()
     os.environ.update(job['env'])
     tempfile.tempdir = None  # it was looked up when the server started
