@@ -22,3 +22,7 @@ def launcher() -> Any:
     from tests.helpers.warm_launcher import shared_launcher
 
     return shared_launcher()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker('first') is None)

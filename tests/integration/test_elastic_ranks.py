@@ -40,12 +40,15 @@ CONTINUED = [(name, saved) for name, sources in LOADING.items() for saved in sou
 def _configs(folder: Path) -> dict[str, dict[str, Any]]:
     """Four kinds of training without dropout; SGD, so that a gradient that is off by a factor shows in the second loss."""
     make_data(folder / 'data')
-    base = save_model(folder / 'base', 'llama', vocab_size=48, max_position_embeddings=64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = save_model(folder / 'base', 'llama', vocab_size=48, max_position_embeddings=64)
     rows = write_jsonl(folder / 'train.jsonl', 103)
     # A tokenizer of few words, since loading a large one takes longer than these runs.
     mpt = tiny_config(folder / 'data', optimizer=SGD, device_train_microbatch_size=1, tokenizer={'name': write_small_tokenizer(folder / 'tokenizer')})
     mpt['model'] |= {'resid_pdrop': 0.0, 'n_layers': 2, 'vocab_size': 48}
-    lora = {**mpt, 'optimizer': {**SGD, 'lr': 20}, 'model': {'name': 'hf_causal_lm', 'pretrained_model_name_or_path': base, 'pretrained': True, 'peft_config': LORA}}
+    # A rate of 20 makes training chaotic: one process then gives other losses by 5e-5 when the rate changes by 1e-7.
+    lora = {**mpt, 'optimizer': {**SGD, 'lr': 5}, 'model': {'name': 'hf_causal_lm', 'pretrained_model_name_or_path': base, 'pretrained': True, 'peft_config': LORA}}
     source = {'hf_name': 'json', 'hf_kwargs': {'data_files': str(rows), 'cache_dir': str(folder / 'hf')}, 'split': 'train'}
     finetuning = {packing: finetuning_config({**source, 'packing': packing}, optimizer=SGD, device_train_microbatch_size=2) for packing in (True, False)}
     adam = {**mpt, 'optimizer': {'name': 'decoupled_adamw', 'lr': 1e-2}}
