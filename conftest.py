@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
 
@@ -16,10 +16,13 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 
-@pytest.fixture(scope='module')
-def launcher() -> Iterator[Any]:
-    """Composer's launcher with torch imported, for the module's runs of several processes."""
-    from tests.helpers.warm_launcher import WarmLauncher
+@pytest.fixture(scope='session')
+def launcher() -> Any:
+    """Composer's launcher with torch imported, for runs of several processes."""
+    from tests.helpers.warm_launcher import shared_launcher
 
-    with WarmLauncher() as server:
-        yield server
+    return shared_launcher()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker('first') is None)

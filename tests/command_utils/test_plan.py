@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import importlib
 import json
-import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +15,7 @@ from llmfoundry.command_utils.plan import arithmetic
 from llmfoundry.command_utils.plan.storage_log import Event, EventLog
 from llmfoundry.command_utils.threads import threads_per_process
 from llmfoundry.errors import ConfigError
+from tests.helpers.processes import run_in_process
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / 'scripts/train/benchmarking'
 D, LAYERS, SEQ, VOCAB = 64, 2, 32, 50368
@@ -97,8 +96,7 @@ def test_activations_grow_with_the_microbatch_and_shrink_with_recomputation(one)
 
 def test_sharding_divides_what_is_per_weight():
     """In a process of its own, since tests of training leave a process group in this one."""
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
-        pool.submit(_check_sharding).result()
+    run_in_process(_check_sharding)
 
 
 def _check_sharding():
@@ -136,7 +134,7 @@ def test_what_is_planned_is_what_training_takes(row, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     plan_runs, plan_check = importlib.import_module('plan_runs'), importlib.import_module('plan_check')
     run = next(run for run in plan_runs.RUNS if run.name == row)
-    run = dataclasses.replace(run, microbatch=max(run.microbatch // 4, 1), microbatches=2)
+    run = dataclasses.replace(run, microbatch=max(run.microbatch // 4, 1))
     plan_runs.write_data(tmp_path, run.seq_len)
     config = {**plan_runs.base_config(run, tmp_path), 'max_duration': '2ba'}
     (rank,) = plan_runs.measure_run(config, 1, tmp_path / 'run', 300)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ import pytest
 
 from tests.helpers.workspace import command_environment
 
-__all__ = ['Node', 'two_nodes']
+__all__ = ['Node', 'enter_node', 'two_nodes']
+
+_CLONE_NEWNET, _CLONE_NEWUTS, _CLONE_NEWNS = 0x40000000, 0x04000000, 0x00020000  # linux/sched.h
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,21 @@ class Node:
     def processes(self) -> list[str]:
         """Ids of the processes that are left on this node."""
         return subprocess.run(['ip', 'netns', 'pids', self.name], capture_output=True, text=True, check=False).stdout.split()
+
+
+def enter_node(name: str) -> None:
+    """Moves this process, which must have one thread, to a node; what ``Node.start`` does before it starts a command.
+
+    Raises:
+        OSError: the kernel refused it.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f'/run/netns/{name}') as namespace:
+        if libc.setns(namespace.fileno(), _CLONE_NEWNET) or libc.unshare(_CLONE_NEWUTS | _CLONE_NEWNS):
+            raise OSError(ctypes.get_errno(), f'{name} cannot be entered')
+    for arguments in (['--make-rprivate', '/'], ['-t', 'sysfs', 'sysfs', '/sys'], ['-t', 'tmpfs', 'tmpfs', '/dev/shm']):
+        subprocess.run(['mount', *arguments], check=True)
+    socket.sethostname(name)
 
 
 @contextlib.contextmanager

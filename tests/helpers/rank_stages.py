@@ -1,7 +1,7 @@
 """Runs many training configs on 1, 2 and 4 processes, one number of processes after the other, paying the import of torch and Composer once.
 
-A process that has imported everything, and has run nothing, forks the ranks of each stage: they are real processes with gloo between them, and each trains all runs of its stage. Usage of the module as
-a program: ``python -m tests.helpers.rank_stages FOLDER``, with ``FOLDER/stages.json`` as ``run_stages`` writes it.
+A process that has imported everything, and has run nothing, forks the ranks of each stage: they are real processes with gloo between them, and each trains all runs of its stage. As a script it takes
+the folder with ``stages.json`` as ``run_stages`` writes it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.train_runs import ROOT, run_config, train_losses
-from tests.helpers.workspace import command_environment
+from tests.helpers.train_runs import run_config, run_script, train_losses
 
 __all__ = ['run_stages']
 
@@ -82,12 +80,7 @@ def run_stages(folder: Path, stages: list[dict[str, Any]], timeout: int = 500) -
     """
     (folder / 'plugin.py').write_text(PLUGIN)
     (folder / 'stages.json').write_text(json.dumps(stages))
-    done = subprocess.run(
-        [sys.executable, '-m', 'tests.helpers.rank_stages', str(folder)], cwd=folder, env=command_environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'), capture_output=True, text=True,
-        timeout=timeout, check=False,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
-    (folder / 'output.txt').write_text(done.stdout + done.stderr)
+    run_script(folder, Path(__file__), folder, ranks=None, timeout=timeout)
     return {name: json.loads((folder / f'{name}.losses.json').read_text()) for stage in stages for name in stage['runs']}
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
-__all__ = ['small_tokenizer_files']
+__all__ = ['small_tokenizer_files', 'write_small_tokenizer']
 
 
 def small_tokenizer_files(vocab_limit: int) -> dict[str, Any]:
@@ -21,3 +23,11 @@ def small_tokenizer_files(vocab_limit: int) -> dict[str, Any]:
         'tokenizer.json': {'file_extension': '.json', 'content': tokenizer},
         'tokenizer_config.json': {'file_extension': '.json', 'content': config},
     }
+
+
+def write_small_tokenizer(folder: Path, vocab_limit: int = 41) -> str:
+    """Makes ``folder`` with the files of that tokenizer, and returns its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, entry in small_tokenizer_files(vocab_limit).items():
+        (folder / name).write_text(json.dumps(entry['content']))
+    return str(folder)

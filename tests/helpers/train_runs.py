@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Sequence
 
 import numpy as np
 
 from tests.helpers.mds import write_token_mds
-from tests.helpers.workspace import command_environment
+from tests.helpers.warm_launcher import Job, shared_launcher
 
-__all__ = ['SEQ_LEN', 'losses_in', 'make_data', 'metrics_of', 'run_config', 'start_training', 'tiny_config', 'train_losses']
+__all__ = ['SEQ_LEN', 'losses_in', 'make_data', 'metrics_of', 'run_config', 'run_script', 'start_training', 'tiny_config', 'train_losses']
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQ_LEN = 16
@@ -70,16 +68,19 @@ def train_losses(trainer: Any) -> list[float]:
     return metrics_of(trainer, 'loss/train/total')
 
 
-def start_training(config: dict[str, Any], folder: Path, ranks: int = 1, launcher: bool = True, **env: str) -> subprocess.Popen:
+def start_training(config: dict[str, Any], folder: Path, ranks: int = 1, launcher: bool = True, **env: str) -> Job:
     """Starts the command in a process group of its own, logging metrics to ``folder/metrics.jsonl`` and output to ``folder/out.txt``."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / 'config.yaml'
     path.write_text(json.dumps({**config, 'loggers': {'jsonl': {'path': str(folder / 'metrics.jsonl')}}}))
-    start = [str(Path(sys.executable).parent / 'composer'), '-n', str(ranks)] if launcher else [sys.executable]
-    with (folder / 'out.txt').open('a') as out:
-        return subprocess.Popen(
-            [*start, str(ROOT / 'scripts/train/train.py'), str(path)], cwd=folder, env=command_environment(**env), stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-        )
+    return shared_launcher().start(folder, [str(path)], ranks if launcher else None, **env)
+
+
+def run_script(folder: Path, script: Path, *arguments: object, ranks: int | None = 2, timeout: float = 500) -> str:
+    """Runs a script of a test in ``folder`` under Composer's launcher (without it when ``ranks`` is None), and returns what has been printed there."""
+    job = shared_launcher().start(folder, [str(a) for a in arguments], ranks, script=script)
+    assert job.wait(timeout) == 0, job.output()[-5000:]
+    return job.output()
 
 
 def losses_in(folder: Path) -> dict[int, float]:

@@ -1,14 +1,18 @@
 """Composer's launcher and its ranks without the time that each of their processes takes to import torch and Composer.
 
-A server imports them once. For each job it forks; the child is the launcher, with the launcher's own code, and starts its ranks by forking itself once more in place of
-``subprocess.Popen``. So pids, signals, exit codes and process groups are those of a real job; only ``exec`` is left out.
+A server imports them once; the tests of one pytest process share one (``shared_launcher``). For each job it forks; the child is the launcher, with the launcher's own code, and starts
+its ranks by forking itself once more in place of ``subprocess.Popen``. So pids, signals, exit codes and process groups are those of a real job; only ``exec`` is left out.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
+import gc
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,10 +20,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ['Job', 'WarmLauncher']
+from tests.helpers.namespaces import Node, enter_node
+from tests.helpers.workspace import command_environment
+
+__all__ = ['Job', 'WarmLauncher', 'shared_launcher']
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_SCRIPT = ROOT / 'scripts/train/train.py'
+_SERVER_VARIABLES = {'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1'}
+# What a run in this process leaves in its environment, and a shell does not have.
+_OF_A_RANK = {'RANK', 'LOCAL_RANK', 'NODE_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'GLOO_SOCKET_IFNAME'}
 
 
 class Job:
@@ -34,13 +44,18 @@ class Job:
         """The exit code.
 
         Raises:
-            TimeoutError: the launcher still runs.
+            TimeoutError: the launcher still ran, and has been killed with its ranks.
         """
         deadline = time.monotonic() + timeout
         while self.code is None:
             if time.monotonic() > deadline:
-                raise TimeoutError(f'the job still runs after {timeout} s:\n{self.output()[-3000:]}')
+                os.killpg(self.pid, signal.SIGKILL)
+                raise TimeoutError(f'the job still ran after {timeout} s:\n{self.output()[-3000:]}')
             self.server.collect(0.1)
+        return self.code
+
+    def poll(self) -> int | None:
+        self.server.collect(0.0)
         return self.code
 
     def output(self) -> str:
@@ -48,10 +63,10 @@ class Job:
 
 
 class WarmLauncher:
-    """The server; use it as a context manager, one per test module."""
+    """The server; use it as a context manager."""
 
     def __enter__(self) -> WarmLauncher:
-        environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1'}
+        environment = {**os.environ, **_SERVER_VARIABLES}
         self.process = subprocess.Popen([sys.executable, '-m', 'tests.helpers.warm_launcher'], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         self.jobs: dict[int, Job] = {}
         self._buffer = b''
@@ -67,10 +82,14 @@ class WarmLauncher:
             self.process.wait()
         self.process.stdout.close()
 
-    def start(self, folder: Path, arguments: list[str], ranks: int | None = 2, **env: str) -> Job:
-        """Runs ``composer -n RANKS train.py ARGUMENTS``, or ``python train.py ARGUMENTS`` when ``ranks`` is None, with output to ``folder/out.txt``."""
+    def start(self, folder: Path, arguments: list[str], ranks: int | None = 2, script: Path = TRAIN_SCRIPT, node: Node | None = None, **env: str) -> Job:
+        """Runs ``composer -n RANKS train.py ARGUMENTS``, or ``python train.py ARGUMENTS`` when ``ranks`` is None, in ``folder`` with output to its ``out.txt``.
+
+        ``node``, if there is one, is the machine on which it runs. The job has this process's environment of the moment and ``env``; variables that libraries read when they are imported are those of the moment in which the server was started.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        job = {'folder': str(folder), 'arguments': arguments, 'ranks': ranks, 'env': env}
+        environment = {name: value for name, value in command_environment().items() if name not in _OF_A_RANK}
+        job = {'folder': str(folder), 'script': str(script), 'arguments': arguments, 'ranks': ranks, 'node': node and node.name, 'env': {**environment, **_SERVER_VARIABLES, **env}}
         self.process.stdin.write(json.dumps(job).encode() + b'\n')
         self.process.stdin.flush()
         known = len(self.pids)
@@ -97,6 +116,15 @@ class WarmLauncher:
                 job.code, job.ended_at = message['code'], time.time()
 
 
+@functools.cache
+def shared_launcher() -> WarmLauncher:
+    """The server of this process, which is started at the first call and ends with it."""
+    server = WarmLauncher()
+    server.__enter__()
+    atexit.register(server.__exit__)
+    return server
+
+
 class _ForkedRank:
     """What the launcher needs of ``subprocess.Popen``: a process with the same code and the launcher's present environment."""
 
@@ -118,9 +146,7 @@ class _ForkedRank:
 
 def _run_script(argv: list[str]) -> None:
     """Runs a script as ``__main__`` and ends the process as an interpreter would."""
-    import atexit
     import runpy
-    import signal
     import threading
     import traceback
 
@@ -142,21 +168,22 @@ def _run_script(argv: list[str]) -> None:
 
 
 def _run_job(job: dict[str, Any]) -> None:
-    import signal
-
     from composer.cli import launcher
 
     for number in (signal.SIGTERM, signal.SIGINT):  # Composer's handlers are those of ranks; a launcher of its own process has Python's
         signal.signal(number, signal.SIG_DFL)
     os.setsid()
     os.chdir(job['folder'])
+    if job['node'] is not None:
+        enter_node(job['node'])
+    os.environ.clear()
     os.environ.update(job['env'])
     tempfile.tempdir = None  # it was looked up when the server started
     fd = os.open('out.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    script = [str(TRAIN_SCRIPT), *job['arguments']]
+    script = [job['script'], *job['arguments']]
     if job['ranks'] is None:
         _run_script(script)
     sys.argv = ['composer', '-n', str(job['ranks']), *script]
@@ -176,6 +203,7 @@ def _serve() -> None:
         'llmfoundry.optim.adamw', 'streaming',
     ):
         importlib.import_module(name)
+    gc.freeze()  # each collection of a job would look at all that is imported, and copy the pages
     running: set[int] = set()
     out = os.dup(1)
     os.dup2(2, 1)

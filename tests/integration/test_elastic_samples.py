@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -15,9 +13,8 @@ from streaming import MDSWriter
 
 from llmfoundry.errors import DataError
 from tests.helpers.finetuning_runs import finetuning_config
-from tests.helpers.small_tokenizer import small_tokenizer_files
-from tests.helpers.train_runs import ROOT, make_data, run_config, tiny_config, train_losses
-from tests.helpers.workspace import command_environment
+from tests.helpers.small_tokenizer import write_small_tokenizer
+from tests.helpers.train_runs import make_data, run_config, run_script, tiny_config, train_losses
 
 # A relay from 1 to 2 to 4 to 1 processes, changing hands in the middle of an epoch of every kind of data, and a run of one process beside it.
 FIRST, SECOND, THIRD, STEPS = 4, 7, 10, 12
@@ -58,9 +55,7 @@ def write_data(folder: Path) -> None:
     with MDSWriter(columns={'prompt': 'str', 'response': 'str'}, out=str(folder / 'mds' / 'train'), size_limit=3000) as out:
         for row in rows:
             out.write(row)
-    (folder / 'tokenizer').mkdir()
-    for name, entry in small_tokenizer_files(VOCAB).items():
-        (folder / 'tokenizer' / name).write_text(json.dumps(entry['content']))
+    write_small_tokenizer(folder / 'tokenizer', VOCAB)
 
 
 def base_configs(folder: Path) -> dict[str, dict[str, Any]]:
@@ -111,9 +106,7 @@ class Jobs:
         jobs, out, script = (self.folder / f'{name}-{self.ranks}' for name in ('jobs.json', 'out.json', 'run_all.py'))
         jobs.write_text(json.dumps(self.configs))
         script.write_text(RUN_ALL)
-        command = [str(Path(sys.executable).parent / 'composer'), '-n', str(self.ranks), str(script), str(jobs), str(out)]
-        done = subprocess.run(command, cwd=self.folder, env=command_environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=900, check=False)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+        run_script(self.folder, script, jobs, out, ranks=self.ranks, timeout=900)
         return json.loads(out.read_text())
 
 

@@ -59,10 +59,10 @@ class World:
 
 
 @pytest.fixture(scope='module')
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(launcher: WarmLauncher, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp('store')
     make_data(folder / 'data', num_train=8 * 8)
-    with WarmLauncher() as launcher, s3_server() as server:
+    with s3_server() as server:
         store = RemoteStoreAt(server, 's3://runs/data/train')
         for path in (folder / 'data' / 'train').iterdir():
             store.upload(path, path.name)

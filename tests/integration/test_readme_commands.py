@@ -72,6 +72,7 @@ def run_readme(name: str, workspace: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.first
 def test_main_readme(tmp_path: Path) -> None:
     workspace = make_workspace(tmp_path / 'clone')
     assert run_readme(MAIN, workspace) == NUMBER_OF_COMMANDS[MAIN] - 2

@@ -7,8 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +20,8 @@ from llmfoundry import registry
 from llmfoundry.checkpoint.integrity import SEAL_FILE
 from llmfoundry.checkpoint.metadata_file import METADATA_FILE, read_metadata
 from llmfoundry.errors import CheckpointError, ConfigError, UnsafeCheckpointError
-from tests.helpers.small_tokenizer import small_tokenizer_files
-from tests.helpers.train_runs import ROOT, make_data, run_config, start_training, tiny_config, train_losses
-from tests.helpers.workspace import command_environment
+from tests.helpers.small_tokenizer import write_small_tokenizer
+from tests.helpers.train_runs import make_data, run_config, run_script, start_training, tiny_config, train_losses
 
 STEPS, SAVED_AT = 6, 3
 SHARDED = {'sharding_strategy': 'FULL_SHARD', 'mixed_precision': 'FULL', 'state_dict_type': 'sharded'}
@@ -170,13 +167,9 @@ class Runs:
 
 def small_config(folder: Path, **changes: Any) -> dict[str, Any]:
     """A vocabulary of 41 tokens, since checkpoints are read and written many times."""
-    tokenizer = folder / 'tokenizer'
-    if not tokenizer.exists():
+    if not (folder / 'data').exists():
         make_data(folder / 'data')
-        tokenizer.mkdir()
-        for name, entry in small_tokenizer_files(41).items():
-            (tokenizer / name).write_text(json.dumps(entry['content']))
-    config = tiny_config(folder / 'data', **{'max_duration': f'{STEPS}ba', 'tokenizer': {'name': str(tokenizer)}, **changes})
+    config = tiny_config(folder / 'data', **{'max_duration': f'{STEPS}ba', 'tokenizer': {'name': write_small_tokenizer(folder / 'tokenizer')}, **changes})
     return {**config, 'model': {**config['model'], 'vocab_size': 48}}
 
 
@@ -186,10 +179,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     config = small_config(folder, fsdp_config=SHARDED)
     (folder / 'job.json').write_text(json.dumps({'folder': str(folder), 'config': config}))
     (folder / 'two_ranks.py').write_text(TWO_RANKS)
-    command = [str(Path(sys.executable).parent / 'composer'), '-n', '2', str(folder / 'two_ranks.py'), str(folder / 'job.json')]
-    done = subprocess.run(command, cwd=folder, env=command_environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=580, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return Runs(folder, [json.loads((folder / f'seen{rank}.json').read_text()) for rank in (0, 1)], done.stdout)
+    output = run_script(folder, folder / 'two_ranks.py', folder / 'job.json', timeout=580)
+    return Runs(folder, [json.loads((folder / f'seen{rank}.json').read_text()) for rank in (0, 1)], output)
 
 
 @pytest.mark.parametrize('name', ['one file', 'and back', 'older torch', 'resumed', 'rank 0 only', 'rank 0 only, not mixed'])

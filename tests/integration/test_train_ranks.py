@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers.mds import write_text_mds
-from tests.helpers.train_runs import ROOT, SEQ_LEN, run_config, tiny_config, train_losses
-from tests.helpers.workspace import command_environment
+from tests.helpers.train_runs import SEQ_LEN, run_config, run_script, tiny_config, train_losses
 
 # Plain gradient descent: Adam would hide a gradient that is too large by a factor.
 PLUGIN = """
@@ -61,9 +58,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     }
     (folder / 'jobs.json').write_text(json.dumps(list(jobs.values())))
     (folder / 'run_all.py').write_text(RUN_ALL)
-    command = [str(Path(sys.executable).parent / 'composer'), '-n', '2', str(folder / 'run_all.py'), str(folder / 'jobs.json'), str(folder / 'out.json')]
-    done = subprocess.run(command, cwd=folder, env=command_environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    run_script(folder, folder / 'run_all.py', folder / 'jobs.json', folder / 'out.json')
     found = dict(zip(jobs, json.loads((folder / 'out.json').read_text()), strict=True))
     found['one rank'] = train_losses(run_config({**config, 'device_train_microbatch_size': 8}))
     found['one rank, microbatch 1'] = train_losses(run_config({**config, 'device_train_microbatch_size': 1}))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,8 @@ from transformers import AutoTokenizer
 from llmfoundry.checkpoint.composer_to_hf import convert_checkpoint
 from llmfoundry.checkpoint.reader import open_checkpoint
 from llmfoundry.tokenizers.build import build_tokenizer
-from tests.helpers.small_tokenizer import small_tokenizer_files
-from tests.helpers.train_runs import ROOT, make_data, tiny_config
-from tests.helpers.workspace import command_environment
+from tests.helpers.small_tokenizer import write_small_tokenizer
+from tests.helpers.train_runs import make_data, run_script, tiny_config
 
 STEPS, STOPPED_AT = 12, 5
 # Per config: the whole run; a run that stops early; what a kill during the next save leaves; the same command again. The second stopped run saves as Composer would.
@@ -63,12 +60,8 @@ class Runs:
 def _configs(folder: Path) -> dict[str, dict[str, Any]]:
     """``gpt2``: the shipped tokenizer of 50,257 entries. ``composer``: one of 41, since Composer's form takes long to save."""
     make_data(folder / 'data')
-    tokenizer = folder / 'tokenizer'
-    tokenizer.mkdir()
-    for name, entry in small_tokenizer_files(41).items():
-        (tokenizer / name).write_text(json.dumps(entry['content']))
     config = tiny_config(folder / 'data', max_duration=f'{STEPS}ba', fsdp_config={'sharding_strategy': 'FULL_SHARD', 'mixed_precision': 'FULL', 'state_dict_type': 'sharded'})
-    return {'gpt2': config, 'composer': {**config, 'model': {**config['model'], 'vocab_size': 48}, 'tokenizer': {'name': str(tokenizer)}}}
+    return {'gpt2': config, 'composer': {**config, 'model': {**config['model'], 'vocab_size': 48}, 'tokenizer': {'name': write_small_tokenizer(folder / 'tokenizer')}}}
 
 
 @pytest.fixture(scope='module')
@@ -76,10 +69,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp('sharded')
     (folder / 'job.json').write_text(json.dumps({'configs': _configs(folder), 'folder': str(folder), 'stopped_at': STOPPED_AT}))
     (folder / 'run_all.py').write_text(RUN_ALL)
-    command = [str(Path(sys.executable).parent / 'composer'), '-n', '2', str(folder / 'run_all.py'), str(folder / 'job.json'), str(folder / 'losses.json')]
-    done = subprocess.run(command, cwd=folder, env=command_environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return Runs(folder, json.loads((folder / 'losses.json').read_text()), done.stdout)
+    output = run_script(folder, folder / 'run_all.py', folder / 'job.json', folder / 'losses.json')
+    return Runs(folder, json.loads((folder / 'losses.json').read_text()), output)
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'composer'])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 from tests.helpers.namespaces import Node, two_nodes
 from tests.helpers.train_runs import ROOT, losses_in, make_data, run_config, tiny_config, train_losses
+from tests.helpers.warm_launcher import shared_launcher
 
 TRAIN = str(ROOT / 'scripts/train/train.py')
 STEPS = 10
@@ -38,8 +40,8 @@ def _config(folder: Path, **changes: Any) -> dict[str, Any]:
     return config
 
 
-def _start(nodes: tuple[Node, Node], folder: Path, config: dict[str, Any], form: str) -> list[subprocess.Popen]:
-    """Starts both nodes as document 002 prints it, by flags or by environment. Without GPUs composer starts one process per node."""
+def _start(nodes: tuple[Node, Node], folder: Path, config: dict[str, Any], form: str) -> list[Any]:
+    """Starts both nodes as document 002 prints it, by flags or by environment; 'forked' is the latter without the time to import torch. Without GPUs composer starts one process per node."""
     folder.mkdir(exist_ok=True)
     path = folder / 'config.yaml'
     path.write_text(json.dumps({**config, 'loggers': {'jsonl': {'path': str(folder / 'metrics.jsonl')}}}))
@@ -51,8 +53,12 @@ def _start(nodes: tuple[Node, Node], folder: Path, config: dict[str, Any], form:
         if form == 'flags':
             flags = [part for name, value in settings.items() for part in (f'--{name}', value)]
             running.append(node.start(['composer', *flags, TRAIN, str(path)], own, TMPDIR=str(own / 'tmp')))
+            continue
+        environment = {'TMPDIR': str(own / 'tmp'), **{name.upper(): value for name, value in settings.items()}}
+        if form == 'environment':
+            running.append(node.start(['composer', TRAIN, str(path)], own, **environment))
         else:
-            running.append(node.start(['composer', TRAIN, str(path)], own, TMPDIR=str(own / 'tmp'), **{name.upper(): value for name, value in settings.items()}))
+            running.append(shared_launcher().start(own, [str(path)], ranks=1, node=node, **environment))
     return running
 
 
@@ -60,12 +66,13 @@ def _outputs(folder: Path) -> list[str]:
     return [(folder / f'node{rank}' / 'out.txt').read_text(errors='replace') for rank in range(2)]
 
 
-def _wait(running: list[subprocess.Popen], folder: Path, timeout: float = 900) -> list[int]:
+def _wait(running: list[Any], folder: Path, timeout: float = 900) -> list[int]:
     try:
         return [p.wait(timeout) for p in running]
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, TimeoutError):
         for p in running:
-            os.killpg(p.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(p.pid, signal.SIGKILL)
         raise AssertionError('\n\n'.join(text[-3000:] for text in _outputs(folder))) from None
 
 
@@ -122,7 +129,7 @@ def test_a_cut_cable_is_named_and_a_restart_continues_the_curve(nodes: tuple[Nod
     assert [node.processes() for node in nodes] == [[], []]
 
     nodes[1].set_link('up')
-    codes = _wait(_start(nodes, run, _config(folder, **saving), 'environment'), run)
+    codes = _wait(_start(nodes, run, _config(folder, **saving), 'forked'), run)
     assert codes == [0, 0], '\n\n'.join(text[-3000:] for text in _outputs(run))
     steps = [row['step'] for row in map(json.loads, (run / 'metrics.jsonl').read_text().splitlines()) if 'loss/train/total' in row]
     assert steps[len(seen)] >= 2 and steps[-1] == STEPS - 1  # it continued from a checkpoint
@@ -144,14 +151,14 @@ def test_a_save_folder_of_its_own_on_each_node(nodes: tuple[Node, Node], folder:
     """Rank 0 writes the checkpoint on its node. A restart cannot load it on the other: it is refused before training, and goes on when the newest checkpoint has been copied there."""
     run = folder / 'unshared'
     saving = {'run_name': 'unshared', 'save_folder': 'ckpt', 'save_interval': '2ba', 'autoresume': True}  # relative to the working folder, of which each node has its own
-    assert _wait(_start(nodes, run, {**_config(folder, **saving), 'max_duration': '4ba'}, 'environment'), run) == [0, 0], _outputs(run)
+    assert _wait(_start(nodes, run, {**_config(folder, **saving), 'max_duration': '4ba'}, 'forked'), run) == [0, 0], _outputs(run)
     ours, theirs = (run / f'node{rank}/ckpt' for rank in range(2))
     assert (ours / 'ep0-ba4-rank0.pt').is_file() and not list(theirs.glob('*.pt'))
-    assert _wait(_start(nodes, run, _config(folder, **saving), 'environment'), run) == [1, 1]
+    assert _wait(_start(nodes, run, _config(folder, **saving), 'forked'), run) == [1, 1]
     said = _outputs(run)[0]
     assert 'is another folder on each node, and none of the 2 checkpoints in them' in said and 'copy the newest checkpoint to every node' in said, said[-3000:]
     theirs.mkdir(exist_ok=True)
     shutil.copy(ours / 'ep0-ba4-rank0.pt', theirs)
-    assert _wait(_start(nodes, run, _config(folder, **saving), 'environment'), run) == [0, 0], _outputs(run)
+    assert _wait(_start(nodes, run, _config(folder, **saving), 'forked'), run) == [0, 0], _outputs(run)
     assert 'save_folder is not shared by the 2 nodes; of 2 checkpoints 1 are on all of them' in _outputs(run)[0]
     assert list(losses_in(run).values()) == pytest.approx(expected, abs=1e-5)
