@@ -85,7 +85,8 @@ class WarmLauncher:
     def start(self, folder: Path, arguments: list[str], ranks: int | None = 2, script: Path = TRAIN_SCRIPT, node: Node | None = None, **env: str) -> Job:
         """Runs ``composer -n RANKS train.py ARGUMENTS``, or ``python train.py ARGUMENTS`` when ``ranks`` is None, in ``folder`` with output to its ``out.txt``.
 
-        ``node``, if there is one, is the machine on which it runs. The job has this process's environment of the moment and ``env``; variables that libraries read when they are imported are those of the moment in which the server was started.
+        ``node``, if there is one, is the machine on which it runs. The job has this process's environment of the moment and ``env``; variables that libraries read when they are imported
+        are those of the moment in which the server was started.
         """
         folder.mkdir(parents=True, exist_ok=True)
         environment = {name: value for name, value in command_environment().items() if name not in _OF_A_RANK}
