@@ -25,4 +25,5 @@ def launcher() -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with the mark ``first`` go first."""
     items.sort(key=lambda item: item.get_closest_marker('first') is None)

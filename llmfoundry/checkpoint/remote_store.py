@@ -133,7 +133,10 @@ class RemoteStore:
             return
 
     def delete_below(self, name: str, first: str = '') -> int:
-        """Removes every object below the folder ``name``, those whose own names begin with ``first`` before the others, so that a kill in between leaves nothing that looks whole; how many there were."""
+        """Removes every object below the folder ``name``; returns how many there were.
+
+        Those whose own names begin with ``first`` go before the others, so that a kill in between leaves nothing that looks whole.
+        """
         parts = sorted(self.list(f'{name}/'), key=lambda part: (not posixpath.basename(part).startswith(first), part))
         for part in parts:
             self.delete(part)

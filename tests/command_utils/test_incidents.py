@@ -189,12 +189,9 @@ def test_what_a_signal_says(sleeper: subprocess.Popen, tmp_path: Path, number: i
     assert (found.kind, found.code) == (kind, code)
 
 
-def test_a_rank_that_does_not_answer_is_the_culprit(sleeper: subprocess.Popen, tmp_path: Path) -> None:
-    stacks.has_left('all_reduce')
-    try:
-        found = inquiry.find_culprit(tmp_path / 'live', 'h', [])
-    finally:
-        stacks.has_left(None)
+def test_a_rank_that_does_not_answer_is_the_culprit(sleeper: subprocess.Popen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacks, '_left', 'all_reduce')
+    found = inquiry.find_culprit(tmp_path / 'live', 'h', [])
     assert (found.rank, found.kind, found.code) == (1, 'hang', 124) and 'does not answer' in found.note
 
 
@@ -202,6 +199,7 @@ def test_a_rank_whose_collective_has_just_timed_out_still_counts_as_waiting(tmp_
     """Whether another rank's fault is known already or not: else a mismatched collective looks like a hang where the two time limits end in the same moments."""
     for name, value in {'RANK': '1', 'LOCAL_RANK': '1', 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'TMPDIR': str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(stacks, '_left', None)  # what the guard sets is undone
     own = guard.Guard()
     own.live.mkdir(parents=True)
     faults.publish(own.live, faults.Fault(0, 'h', 'hang', 124, 1.0, 0))
@@ -209,14 +207,11 @@ def test_a_rank_whose_collective_has_just_timed_out_still_counts_as_waiting(tmp_
         raise torch.distributed.DistBackendError('wait timeout after 10000ms')
     except torch.distributed.DistBackendError as e:
         error = e
-    try:
-        assert own._settle(error, explained=False).rank == 0
-        (own.live / 'question').touch()
-        inquiry.answer_if_asked(own.live)
-        places = bundle.Places(tmp_path / 'bundles', tmp_path / 'bundles')
-        bundle.write_bundle(places, fault=faults.Fault(0, 'h', 'hang', 124, 1.0, 0), code=124, live=own.live, error=error)
-    finally:
-        stacks.has_left(None)
+    assert own._settle(error, explained=False).rank == 0
+    (own.live / 'question').touch()
+    inquiry.answer_if_asked(own.live)
+    places = bundle.Places(tmp_path / 'bundles', tmp_path / 'bundles')
+    bundle.write_bundle(places, fault=faults.Fault(0, 'h', 'hang', 124, 1.0, 0), code=124, live=own.live, error=error)
     assert 'called at' in json.loads((own.live / 'rank1.answer').read_text())['waiting_in']
     assert 'called at' in bundle.read_bundles([tmp_path / 'bundles'])[0]['waiting_in']
 

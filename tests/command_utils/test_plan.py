@@ -134,7 +134,7 @@ def test_what_is_planned_is_what_training_takes(row, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     plan_runs, plan_check = importlib.import_module('plan_runs'), importlib.import_module('plan_check')
     run = next(run for run in plan_runs.RUNS if run.name == row)
-    run = dataclasses.replace(run, microbatch=max(run.microbatch // 4, 1))
+    run = dataclasses.replace(run, microbatch=max(run.microbatch // 4, 1), microbatches=2)
     plan_runs.write_data(tmp_path, run.seq_len)
     config = {**plan_runs.base_config(run, tmp_path), 'max_duration': '2ba'}
     (rank,) = plan_runs.measure_run(config, 1, tmp_path / 'run', 300)

@@ -100,8 +100,7 @@ class Job:
     def code(self) -> int | None:
         """Exit code of the command, as a shell says it; None while it runs."""
         if self.launcher is not None:
-            self.launcher.collect(0)
-            return self._warm.code
+            return self._warm.poll()
         code = self._process.poll()
         return code if code is None or code >= 0 else 128 - code
 

@@ -38,10 +38,9 @@ class Node:
         """
         folder.mkdir(parents=True, exist_ok=True)
         own = f'mount -t tmpfs tmpfs /dev/shm && hostname {self.name} && exec "$@"'
-        clean = {name: value for name, value in command_environment(**env).items() if env.get(name) or name not in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'GLOO_SOCKET_IFNAME')}
         with (folder / 'out.txt').open('a') as out:
             return subprocess.Popen(
-                ['ip', 'netns', 'exec', self.name, 'unshare', '--uts', '--mount', 'bash', '-c', own, 'bash', *command], cwd=folder, env=clean, stdout=out, stderr=subprocess.STDOUT,
+                ['ip', 'netns', 'exec', self.name, 'unshare', '--uts', '--mount', 'bash', '-c', own, 'bash', *command], cwd=folder, env=command_environment(**env), stdout=out, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
 

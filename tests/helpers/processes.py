@@ -19,9 +19,13 @@ __all__ = ['run_in_process', 'run_in_processes']
 _IMPORTED = ['llmfoundry.command_utils.train', 'llmfoundry.models.mpt.composer_mpt', 'llmfoundry.data.text_data', 'transformers.models.llama.modeling_llama']
 
 
-def _entry(rank: int, world_size: int, function: Callable[..., Any], args: tuple[Any, ...], folder: str, environment: dict[str, str]) -> None:
-    os.environ.clear()
+def _take_over(environment: dict[str, str]) -> None:
+    os.environ.clear()  # the fork server's
     os.environ.update(environment)
+
+
+def _entry(rank: int, world_size: int, function: Callable[..., Any], args: tuple[Any, ...], folder: str, environment: dict[str, str]) -> None:
+    _take_over(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=world_size)
@@ -36,7 +40,7 @@ def _entry(rank: int, world_size: int, function: Callable[..., Any], args: tuple
 def run_in_process(function: Callable[..., Any], *args: Any) -> Any:
     """Calls ``function(*args)`` in a process that has run nothing before, without a process group."""
     multiprocessing.set_forkserver_preload(_IMPORTED)
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('forkserver')) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('forkserver'), _take_over, (dict(os.environ),)) as pool:
         return pool.submit(function, *args).result()
 
 

@@ -28,8 +28,6 @@ __all__ = ['Job', 'WarmLauncher', 'shared_launcher']
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_SCRIPT = ROOT / 'scripts/train/train.py'
 _SERVER_VARIABLES = {'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1'}
-# What a run in this process leaves in its environment, and a shell does not have.
-_OF_A_RANK = {'RANK', 'LOCAL_RANK', 'NODE_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'GLOO_SOCKET_IFNAME'}
 
 
 class Job:
@@ -89,8 +87,7 @@ class WarmLauncher:
         are those of the moment in which the server was started.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        environment = {name: value for name, value in command_environment().items() if name not in _OF_A_RANK}
-        job = {'folder': str(folder), 'script': str(script), 'arguments': arguments, 'ranks': ranks, 'node': node and node.name, 'env': {**environment, **_SERVER_VARIABLES, **env}}
+        job = {'folder': str(folder), 'script': str(script), 'arguments': arguments, 'ranks': ranks, 'node': node and node.name, 'env': {**command_environment(), **_SERVER_VARIABLES, **env}}
         self.process.stdin.write(json.dumps(job).encode() + b'\n')
         self.process.stdin.flush()
         known = len(self.pids)

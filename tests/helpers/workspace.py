@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+# What a run in this process leaves in its environment, and a shell does not have.
+_OF_A_RANK = {'RANK', 'LOCAL_RANK', 'NODE_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'GLOO_SOCKET_IFNAME'}
 LINKED = ('llmfoundry', 'scripts', 'yamls', 'mcli', 'launch', 'tests', 'Makefile', 'setup.py', 'README.md', 'requirements')
 
 
@@ -22,7 +24,8 @@ def make_workspace(folder: Path) -> Path:
 def command_environment(**extra: str) -> dict[str, str]:
     """The environment of a user's shell with this interpreter's scripts first on PATH."""
     bin_folder = str(Path(sys.executable).parent)
-    return {**os.environ, 'PATH': f"{bin_folder}{os.pathsep}{os.environ['PATH']}", 'HF_HUB_OFFLINE': '1', **extra}
+    shell = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
+    return {**shell, 'PATH': f"{bin_folder}{os.pathsep}{os.environ['PATH']}", 'HF_HUB_OFFLINE': '1', **extra}
 
 
 def run_command(command: str | list[str], cwd: Path, timeout: int = 600, **extra: str) -> subprocess.CompletedProcess[str]:

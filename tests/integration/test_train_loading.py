@@ -169,7 +169,8 @@ def small_config(folder: Path, **changes: Any) -> dict[str, Any]:
     """A vocabulary of 41 tokens, since checkpoints are read and written many times."""
     if not (folder / 'data').exists():
         make_data(folder / 'data')
-    config = tiny_config(folder / 'data', **{'max_duration': f'{STEPS}ba', 'tokenizer': {'name': write_small_tokenizer(folder / 'tokenizer')}, **changes})
+        write_small_tokenizer(folder / 'tokenizer')
+    config = tiny_config(folder / 'data', **{'max_duration': f'{STEPS}ba', 'tokenizer': {'name': str(folder / 'tokenizer')}, **changes})
     return {**config, 'model': {**config['model'], 'vocab_size': 48}}
 
 

@@ -37,8 +37,8 @@ _left: str | None = None
 class MainStack:
     """The main thread's stack.
 
-    ``frames`` are ``file:line function``, innermost first; ``waiting_in`` names the collective that it waits in, or has left with an error, with the place that called it; ``reading`` the shard or sample that a
-    Streaming reader has in hand.
+    ``frames`` are ``file:line function``, innermost first; ``waiting_in`` names the collective that it waits in, or has left with an error, with the place that called it; ``reading``
+    the shard or sample that a Streaming reader has in hand.
     """
 
     frames: list[str]
@@ -56,8 +56,8 @@ def _describe(frame: FrameType) -> str:
     return f'{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}'
 
 
-def has_left(call: str | None) -> None:
-    """From here on the main thread counts as waiting in ``call``: it has left that collective with an error, so its stack does not show it any more. None undoes it."""
+def has_left(call: str) -> None:
+    """From here on the main thread counts as waiting in ``call``: it has left that collective with an error, so its stack does not show it any more."""
     global _left
     _left = call
 
